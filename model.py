@@ -19,7 +19,6 @@ Symbols, here and in the papers (MDLM, arXiv 2406.07524; MD4, arXiv 2406.04329):
 import hashlib
 import math
 import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -102,6 +101,8 @@ def load_corpus(path: Path, config: DiffusionConfig) -> tuple[torch.Tensor, torc
         ids = encode_text(text, config.vocab_size, config.mask_token_id)
     except BadInput as error:
         raise BadInput(f"data file {path}: {error}")
+    if not len(ids):
+        raise BadInput(f"data file {path}: empty")
     n_train = int(0.9 * len(ids))
     train, val = ids[:n_train], ids[n_train:]
     if len(val) < config.sequence_len + 1:
@@ -344,16 +345,15 @@ def autocast(device: torch.device):
 def save_atomically(contents: dict, path: Path) -> None:
     """torch.save through a temporary file beside `path`, flushed to disk and renamed over it: a crash
     at any moment leaves either the old file or the new one. Raises OSError."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    temporary = Path(f"{path}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

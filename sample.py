@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from model import (
     DEFAULT_WEIGHTS,
@@ -63,9 +64,23 @@ def threshold(proposal: Proposal, tau: float) -> torch.Tensor:
     return (confidence >= tau) | best_k(confidence, 1)
 
 
-def top_k(proposal: Proposal, k: int) -> torch.Tensor:
-    """The k surest characters. LLaDA, arXiv 2502.09992."""
-    return best_k(proposal.confidence(), k)
+def top_k(proposal: Proposal, k: int, noise: float = 0.0) -> torch.Tensor:
+    """The k surest characters (LLaDA, arXiv 2502.09992), after adding `noise` times Gumbel noise to the
+    log-confidence: at 1 the order is drawn in proportion to confidence, at 0 it is fixed."""
+    gumbel = -torch.log(-torch.log(proposal.noise))
+    score = proposal.confidence().clamp(min=1e-9).log() + noise * gumbel
+    return best_k(score.masked_fill(~proposal.eligible, -math.inf), k)
+
+
+def entropy_bound(proposal: Proposal, gamma: float) -> torch.Tensor:
+    """The positions of least entropy, as many as keep the sum of all their entropies but the largest
+    within gamma nats: a bound on what revealing them at once, as if independent, can cost.
+    EB-Sampler, arXiv 2505.24857."""
+    p_log_p = torch.where(proposal.log_p > -math.inf, proposal.log_p.exp() * proposal.log_p, 0.0)
+    entropy = (-p_log_p.sum(-1)).masked_fill(~proposal.eligible, math.inf)      # (B, T)
+    ascending, order = entropy.sort(1)
+    within = ascending.cumsum(1) - ascending <= gamma                            # the first always is
+    return torch.zeros_like(within).scatter_(1, order, within)
 
 
 def ancestral(proposal: Proposal, steps: int) -> torch.Tensor:
@@ -82,8 +97,8 @@ def uniform(seeds: torch.Tensor, length: int, stream: int) -> torch.Tensor:
     """Uniform numbers on (0, 1), (B, length), from row seeds (B,): a hash of seed, stream and position
     (the finaliser of SplitMix64). A row's numbers so depend on its own seed alone, not on which rows
     share its batch, which a torch.Generator could not promise."""
-    position = torch.arange(length, device=seeds.device)
-    h = seeds[:, None] * -7046029254386353131 + position * -4658895280553007687 + stream * -7723592293110705685
+    position = torch.arange(length, device=seeds.device) + (stream << 32)
+    h = seeds[:, None] * -7046029254386353131 + position * -4658895280553007687
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         h = (h ^ (h >> shift & (1 << 64 - shift) - 1)) * factor  # masked: int64 shifts drag the sign along
     h = h ^ (h >> 31 & (1 << 33) - 1)
@@ -106,7 +121,7 @@ def decode(
     rule: Rule,
     temperature: float = 1.0,
     seed: int | torch.Tensor = 0,
-    window: int | None = None,
+    leftmost: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """The one decoding loop. Yields x (B, T) itself and then every intermediate state; the last one
     has no masked position left.
@@ -114,7 +129,7 @@ def decode(
     x        ids with model.config.mask_token_id wherever a character is wanted; known ones stay
     rule     chooses what to reveal at a step: at least one eligible position in every unfinished row
     seed     an int, from which row r gets seed + r, or a seed per row (B,)
-    window   only the leftmost `window` masked positions of a row are eligible
+    leftmost only so many leftmost masked positions of a row are eligible
     """
     mask_token_id = model.config.mask_token_id
     rows = torch.arange(x.size(0), device=x.device)
@@ -128,10 +143,96 @@ def decode(
             logits = model(x, noise_index(masked, model.config.diffusion_steps))  # (B, T, V)
         log_p = log_probs(logits, mask_token_id)
         chosen = draw(log_p, temperature, uniform(seeds, x.size(1), stream=2 * step))
-        eligible = masked if window is None else masked & (masked.cumsum(1) <= window)
+        eligible = masked if leftmost is None else masked & (masked.cumsum(1) <= leftmost)
         proposal = Proposal(log_p, chosen, eligible, uniform(seeds, x.size(1), stream=2 * step + 1), fate)
         x = torch.where(rule(proposal) & eligible, chosen, x)
         yield x
+
+
+# What tests/benchmark_sampling.py found best on the shipped weights
+DEFAULT_RULE = partial(entropy_bound, gamma=0.5)
+DEFAULT_TEMPERATURE = 0.7
+DEFAULT_BLOCK_LEN = 32
+DEFAULT_CONTEXT_LEN = 64
+
+# ----------------------------------------------------------------------------------------------------
+# Whole texts
+
+
+def last(states: Iterator[torch.Tensor], count: Callable[[], None] = lambda: None) -> torch.Tensor:
+    """The result of a decoding; `count` is called once for every network call."""
+    x = next(states)
+    for x in states:
+        count()
+    return x
+
+
+def generate(
+    model: DiffusionTransformer,
+    prompt: str = "",
+    num_blocks: int = 1,
+    num_samples: int = 1,
+    block_len: int | None = None,
+    context_len: int | None = None,
+    rule: Rule | None = None,
+    temperature: float = DEFAULT_TEMPERATURE,
+    leftmost: int | None = None,
+    seed: int = 0,
+    count: Callable[[], None] = lambda: None,
+) -> Iterator[list[str]]:
+    """Continues `prompt`. Yields, block after block, the new text of each of num_samples samples.
+
+    A block is block_len new characters, decoded after the last context_len characters of what is there
+    and with nothing to its right. Sample i is the same whatever num_samples is. Raises BadInput for a
+    prompt with characters outside the vocabulary, and where context and block exceed sequence_len."""
+    config, device = model.config, next(model.parameters()).device
+    block_len = block_len or min(DEFAULT_BLOCK_LEN, config.sequence_len // 2)
+    context_len = min(DEFAULT_CONTEXT_LEN, config.sequence_len - block_len) if context_len is None else context_len
+    if context_len + block_len > config.sequence_len:
+        raise BadInput(f"context {context_len} and block {block_len} exceed the model's {config.sequence_len} characters")
+    text = encode_text(prompt, config.vocab_size, config.mask_token_id).to(device).expand(num_samples, -1)
+    seeds = seed + torch.arange(num_samples, device=device)
+    blank = torch.full((num_samples, block_len), config.mask_token_id, device=device)
+    for block in range(num_blocks):
+        text = text[:, max(0, text.size(1) - context_len) :]
+        states = decode(model, torch.cat([text, blank], 1), rule or DEFAULT_RULE, temperature, seeds + (block << 32), leftmost)
+        result = last(states, count)
+        yield [decode_tokens(row) for row in result[:, text.size(1) :]]
+        text = result
+
+
+def infill(
+    model: DiffusionTransformer,
+    text: str,
+    num_samples: int = 1,
+    rule: Rule | None = None,
+    temperature: float = DEFAULT_TEMPERATURE,
+    seed: int = 0,
+    count: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """`text` with every underscore replaced by the model, once for each of num_samples samples;
+    everything else stays as it is. Raises BadInput for characters outside the vocabulary.
+
+    A text longer than sequence_len is filled from left to right, window by window: each starts a
+    quarter of a window before the first open gap, and what it puts into its own last quarter is thrown
+    away unless the text ends there, because characters beyond that edge have not been seen."""
+    config, device = model.config, next(model.parameters()).device
+    length = config.sequence_len
+    x = encode_text(text, config.vocab_size, config.mask_token_id).to(device)
+    x = x.masked_fill(x == ord("_"), config.mask_token_id)
+    gaps = (x == config.mask_token_id).nonzero().flatten().tolist()
+    x = x.repeat(num_samples, 1)
+    seeds = seed + torch.arange(num_samples, device=device)
+    done = 0
+    for gap in gaps:
+        if gap < done:
+            continue
+        start = max(0, min(gap - length // 4, x.size(1) - length))
+        stop = min(start + length, x.size(1))
+        done = stop if stop == x.size(1) else stop - length // 4
+        states = decode(model, x[:, start:stop], rule or DEFAULT_RULE, temperature, seeds + (gap << 32))
+        x[:, start:done] = last(states, count)[:, : done - start]
+    return [decode_tokens(row) for row in x]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -193,3 +294,94 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def add_rule_arguments(parser: CommandLine) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--method", choices=["entropy", "threshold", "top-k", "ancestral"], default="entropy",
+                       help="which characters a step reveals: as many as an entropy bound allows, those above a "
+                       "confidence, the k surest, or the exact reverse diffusion")
+    group.add_argument("--gamma", type=number(float, least=0), default=0.5, help="entropy: nats that a step may risk")
+    group.add_argument("--threshold", type=number(float, above=0, most=1), default=0.9, help="threshold: least probability")
+    group.add_argument("--k", type=number(int, least=1), default=1, help="top-k: characters a step")
+    group.add_argument("--noise", type=number(float, least=0), default=0.0, help="top-k: Gumbel noise on the log-confidence")
+    group.add_argument("--steps", type=number(int, least=1), default=128, help="ancestral: levels of the reverse process")
+    group.add_argument("--leftmost", type=number(int, least=1), help="reveal only within so many leftmost masked characters")
+
+
+def pick_rule(args) -> Rule:
+    return {
+        "entropy": partial(entropy_bound, gamma=args.gamma),
+        "threshold": partial(threshold, tau=args.threshold),
+        "top-k": partial(top_k, k=args.k, noise=args.noise),
+        "ancestral": partial(ancestral, steps=args.steps),
+    }[args.method]
+
+
+def parse_arguments():
+    parser = CommandLine(__doc__)
+    count = number(int, least=1)
+    group = parser.add_argument_group("text")
+    group.add_argument("--prompt", default="", help="text to continue")
+    group.add_argument("--prompt-file", type=Path, help="file whose text is the prompt")
+    group.add_argument("--infill", metavar="TEXT", help="fill every underscore of TEXT, or of stdin where TEXT is -")
+    group.add_argument("--num-blocks", type=count, default=30, help="blocks to write")
+    group.add_argument("--num-samples", type=count, default=1, help="texts to write, all in one batch")
+    group.add_argument("--block-len", type=count, default=DEFAULT_BLOCK_LEN, help="characters per block")
+    group.add_argument("--context-len", type=number(int, least=0), default=DEFAULT_CONTEXT_LEN, help="characters before a "
+                       "block that it is conditioned on")
+    group = parser.add_argument_group("model")
+    group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to load")
+    group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
+    group.add_argument("--temperature", type=number(float, least=0), default=DEFAULT_TEMPERATURE, help="0 always takes "
+                       "the likeliest character")
+    group.add_argument("--seed", type=number(int, least=0, most=2**31), default=1337, help="of everything that is drawn")
+    add_rule_arguments(parser)
+    args = parser.parse_args()
+    try:
+        if args.prompt_file:
+            args.prompt += args.prompt_file.read_text("utf-8")
+        if args.infill == "-":
+            args.infill = sys.stdin.read()
+    except UnicodeDecodeError:
+        raise BadInput(f"{args.prompt_file or 'stdin'}: not UTF-8 text")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    model, _ = load_weights(args.weights, pick_device(args.device))
+    calls = tqdm(unit=" calls", desc="network", disable=None, leave=False)  # None: silent unless stderr is a terminal
+    n_calls = 0
+
+    def count():
+        nonlocal n_calls
+        n_calls += 1
+        calls.update()
+
+    shared = dict(num_samples=args.num_samples, rule=pick_rule(args), temperature=args.temperature, seed=args.seed, count=count)
+    started = time.monotonic()
+    if args.infill is not None:
+        texts = infill(model, args.infill, **shared)
+        written = args.infill.count("_") * args.num_samples
+        print(texts[0])
+    else:
+        texts = [args.prompt] * args.num_samples
+        print(args.prompt, end="", flush=True)
+        for block in generate(model, args.prompt, args.num_blocks, block_len=args.block_len,
+                              context_len=args.context_len, leftmost=args.leftmost, **shared):
+            texts = [text + new for text, new in zip(texts, block)]
+            calls.clear()
+            print(block[0], end="", flush=True)  # the first sample streams, the others follow when it is whole
+        written = args.num_blocks * args.block_len * args.num_samples
+        print()
+    for i, text in enumerate(texts[1:], start=2):
+        print(f"\n----- sample {i} -----\n{text}")
+    seconds = time.monotonic() - started
+    calls.close()
+    print(f"{written} characters in {seconds:.1f} s: {written / seconds:.0f} characters per second, "
+          f"{n_calls} network calls", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -86,6 +86,8 @@ def parse_arguments():
     group.add_argument("--grad-clip", type=number(float, above=0), default=1.0, help="largest gradient norm")
     group.add_argument("--prefix-rate", type=number(float, least=0, most=1), default=0.25, help="share of the sequences "
                        "with a clean prefix of 1 to --context-len characters")
+    group.add_argument("--noise-spread", type=number(float, above=0), default=1.2, help="width of the bell from which "
+                       "t is drawn, in logits; at 1.7 it is nearly flat")
     group.add_argument("--seed", type=number(int, least=0), default=1337, help="of the weights, crops and masks")
     group = parser.add_argument_group("running")
     group.add_argument("--eval-interval", type=count, default=250, help="steps between evaluations and saves")
@@ -148,20 +150,31 @@ class Muon(torch.optim.Optimizer):
 
 
 def draw_batch(train, config, args, generator):
-    """The global batch of a step: x_0, x_t, masked (B, T) and noise indices (B,), on the device.
+    """The global batch of a step: x_0, x_t, masked (B, T), noise indices and loss weights (B,), on the
+    device.
 
     Every process draws all of it from the same seed and keeps its own rows, so that the batch does not
-    depend on their number. t is stratified over the batch: one draw from each of B equal parts of 1..S."""
+    depend on their number. t / S follows a logit-normal bell around 1/2, where a sequence has both
+    something to read and something to predict (arXiv 2605.13026), and is stratified over the batch: one
+    draw from each of B equally likely parts.
+
+    The loss is a weighted mean of the sequences' `masked_nll`. Equal weights would be the bound itself
+    (RADD, arXiv 2406.03736), whose gradient is noisy: a sequence with one masked character counts as
+    much as one with 256. Weights proportional to the square root of the masked count trade a little of
+    the objective for much less noise; tests/ABLATIONS.md has the measurement."""
     B, T, device = args.batch_size, config.sequence_len, train.device
     rand = lambda: torch.rand(B, generator=generator, device=device)
     starts = (rand().double() * (len(train) - T + 1)).long()
     x_0 = train[starts[:, None] + torch.arange(T, device=device)]
     strata = torch.randperm(B, generator=generator, device=device)
-    t = ((strata + rand()) / B * config.diffusion_steps).long().clamp(max=config.diffusion_steps - 1) + 1
+    quantile = ((strata + rand()) / B).clamp(1e-4, 1 - 1e-4)
+    noise = torch.sigmoid(args.noise_spread * torch.special.ndtri(quantile))
+    t = (noise * config.diffusion_steps).long() + 1
     prefix_len = (1 + rand() * config.context_len).long().clamp(max=config.context_len)
     prefix_len = prefix_len * (rand() < args.prefix_rate)
     x_t, masked = q_sample(x_0, t, config, generator, prefix_len)
-    return x_0, x_t, masked, noise_index(masked, config.diffusion_steps)
+    weight = masked.sum(1).float().sqrt()
+    return x_0, x_t, masked, noise_index(masked, config.diffusion_steps), weight / weight.sum().clamp(min=1.0)
 
 
 def quick_nelbo(model, tokens):
@@ -319,7 +332,7 @@ def main():
             "step": step, "characters_seen": step * args.batch_size * config.sequence_len, "seconds": round(seconds()),
             "val_nelbo": val_nelbo, "val_nelbo_error": val_error, "train_nelbo": train_nelbo,
             "corpus_sha256": corpus_sha256, "seed": args.seed, "hardware": f"{world} x {hardware(device)}",
-            "command": shlex.join(["uv", "run", "training.py", *sys.argv[1:]]), "torch": torch.__version__,
+            "command": shlex.join(["uv", "run", "training.py", *sys.argv[1:]]), "torch": str(torch.__version__),
         }
         rows_log.append({name: meta[name] for name in ("step", "characters_seen", "seconds", "train_nelbo", "val_nelbo", "val_nelbo_error")})
         if val_nelbo < best:
@@ -390,14 +403,13 @@ def main():
         batch = draw_batch(train_on_device, config, args, generator)
         share = [part[rank * rows_here : (rank + 1) * rows_here].split(micro) for part in batch]
         total_loss = 0.0
-        for i, (x_0, x_t, masked, index) in enumerate(zip(*share)):
+        for i, (x_0, x_t, masked, index, weight) in enumerate(zip(*share)):
             last = (i + 1) * micro == rows_here
             with nullcontext() if last or world == 1 else network.no_sync():
                 with autocast(device):
                     logits = network(x_t, index)
-                # The mean over each sequence's masked characters, then over sequences, is the NELBO's own
-                # weighting (RADD, arXiv 2406.03736) up to the grid of t: it optimises what is reported.
-                loss = masked_nll(logits, x_0, masked, config.mask_token_id).mean() * (micro / rows_here)
+                # Times world: DDP takes the mean over processes where the weights ask for the sum
+                loss = (masked_nll(logits, x_0, masked, config.mask_token_id) * weight).sum() * world
                 loss.backward()
             total_loss = total_loss + loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)

@@ -1,0 +1,174 @@
+"""Frames of masked text, and the three ways to show them: terminal, window, file.
+
+Both animations turn the states of the decoding loop into `Frame`s and hand them to `show`.
+"""
+
+import sys
+import time
+from argparse import ArgumentTypeError
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py and sample.py are one folder up
+from model import DEFAULT_WEIGHTS  # noqa: E402
+from sample import CommandLine, number  # noqa: E402
+
+# One palette for the terminal and for pictures: (red, green, blue)
+BACKGROUND = (16, 20, 31)
+TITLE = (122, 136, 166)
+BLOCK = (44, 56, 84)        # a masked cell
+FRESH = (255, 196, 84)      # revealed in this step
+CALM = (208, 214, 226)      # revealed earlier
+FAINT = (70, 82, 108)       # line ends
+
+
+@dataclass
+class Frame:
+    ids: torch.Tensor     # (rows, cols) character ids
+    masked: torch.Tensor  # (rows, cols) bool
+    fresh: torch.Tensor   # (rows, cols) bool: revealed since the frame before
+    title: str
+    hold: float = 1.0     # how many ordinary frames this one lasts
+
+    def cells(self) -> Iterator[list[tuple[str, tuple[int, int, int]]]]:
+        """Row by row, the glyph and the colour of each cell."""
+        for ids, masked, fresh in zip(self.ids.tolist(), self.masked.tolist(), self.fresh.tolist()):
+            yield [
+                ("█", BLOCK) if hidden else (glyph(i), FRESH if new else FAINT if i == 10 else CALM)
+                for i, hidden, new in zip(ids, masked, fresh)
+            ]
+
+
+def glyph(i: int) -> str:
+    """One visible cell for any id: a line end becomes an arrow, other control characters a dot."""
+    if i == 10:
+        return "↵"
+    return chr(i) if chr(i).isprintable() else "·"
+
+
+def frames_of(states: Iterable[torch.Tensor], mask_token_id: int, shape: tuple[int, int], title: str) -> Iterator[Frame]:
+    """The states of one decoding, (B, T) each with B * T = rows * cols, as frames of that shape."""
+    before = None
+    for step, x in enumerate(states):
+        x = x.cpu().view(shape)
+        masked = x == mask_token_id
+        fresh = torch.zeros_like(masked) if before is None else before & ~masked
+        yield Frame(x, masked, fresh, f"{title}   step {step}   {int(masked.sum())} masked")
+        before = masked
+
+
+def add_arguments(parser: CommandLine, fps: int) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to load")
+    group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
+    group.add_argument("--temperature", type=number(float, least=0), default=0.8, help="0 always takes the likeliest character")
+    group.add_argument("--seed", type=number(int, least=0), default=1337, help="of everything that is drawn")
+    group = parser.add_argument_group("picture")
+    group.add_argument("--window", action="store_true", help="play in a matplotlib window instead of the terminal")
+    group.add_argument("--save", type=picture_path, help="write PATH.gif, or PATH.png as one numbered file a frame; no display needed")
+    group.add_argument("--fps", type=number(float, above=0, most=50), default=fps, help="frames per second")
+
+
+def picture_path(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".gif", ".png"):
+        raise ArgumentTypeError(f"{text!r}: the name has to end in .gif or .png")
+    if not path.parent.is_dir():
+        raise ArgumentTypeError(f"{text!r}: there is no folder {path.parent}")
+    try:
+        probe = path.with_name(path.name + ".tmp")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ArgumentTypeError(f"{text!r}: cannot be written ({error.strerror})")
+    return path
+
+
+def show(frames: Iterable[Frame], args) -> None:
+    """Plays or saves the frames as the command line asks."""
+    if args.save:
+        save(frames, args.save, args.fps)
+    elif args.window:
+        play_in_window(frames, args.fps)
+    else:
+        play_in_terminal(frames, args.fps)
+
+
+def play_in_terminal(frames: Iterable[Frame], fps: float, out=sys.stdout) -> None:
+    """Redraws in place with ANSI colours; into a pipe or file goes the last frame alone, as plain text."""
+    if not out.isatty():
+        *_, last = frames
+        out.write("\n".join([last.title, *("".join(character for character, _ in row) for row in last.cells())]) + "\n")
+        return
+    colour = lambda rgb: "\x1b[38;2;{};{};{}m".format(*rgb)
+    out.write("\x1b[?25l")  # hide the cursor
+    try:
+        height = 0
+        for frame in frames:
+            lines = [colour(TITLE) + frame.title]
+            lines += ["".join(colour(rgb) + character for character, rgb in row) for row in frame.cells()]
+            out.write(f"\x1b[{height}F" * bool(height) + "".join(f"{line}\x1b[0m\x1b[K\n" for line in lines))
+            out.flush()
+            height = len(lines)
+            time.sleep(frame.hold / fps)
+    finally:
+        out.write("\x1b[0m\x1b[?25h")
+        out.flush()
+
+
+def draw(frame: Frame, size: int = 16):
+    """The frame as a Pillow image. `size` is the font's height in pixels."""
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")), size)
+    width, height, margin = round(font.getlength("M")), round(1.35 * size), size
+    rows, cols = frame.ids.shape
+    image = Image.new("RGB", (cols * width + 2 * margin, (rows + 2) * height + margin), BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    pen.text((margin, margin // 2), frame.title, font=font, fill=TITLE)
+    for row, cells in enumerate(frame.cells()):
+        for col, (character, rgb) in enumerate(cells):
+            left, top = margin + col * width, margin // 2 + int((row + 1.5) * height)
+            if character == "█":
+                pen.rectangle((left + 1, top + 2, left + width - 2, top + height - 3), fill=rgb)
+            else:
+                pen.text((left, top), character, font=font, fill=rgb)
+    return image
+
+
+def play_in_window(frames: Iterable[Frame], fps: float) -> None:
+    import matplotlib.pyplot as plt
+
+    frames = iter(frames)
+    first = next(frames)
+    image = draw(first)
+    figure = plt.figure(figsize=(image.width / 100, image.height / 100), dpi=100, frameon=False)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    canvas = axes.imshow(image)
+    for frame in chain([first], frames):
+        if not plt.fignum_exists(figure.number):  # the user closed it
+            return
+        canvas.set_data(draw(frame))
+        plt.pause(frame.hold / fps)
+    plt.show()
+
+
+def save(frames: Iterable[Frame], path: Path, fps: float) -> None:
+    """One GIF, or numbered PNG files beside `path`, by Pillow."""
+    frames = list(frames)
+    if path.suffix.lower() == ".png":
+        for i, frame in enumerate(frames):
+            draw(frame).save(path.with_name(f"{path.stem}-{i:04d}.png"))
+        return
+    # One palette for all frames, taken from the one with the most colours: a palette a frame triples the file
+    fullest = max(frames, key=lambda frame: int(frame.fresh.any()) + int((~frame.masked).sum()))
+    palette = draw(fullest).quantize(32)
+    images = [draw(frame).quantize(palette=palette, dither=0) for frame in frames]
+    durations = [round(1000 * frame.hold / fps) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)

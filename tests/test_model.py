@@ -1,0 +1,310 @@
+import hashlib
+import math
+import os
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, TableModel, all_masks, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model as model_module
+from model import (
+    DEFAULT_DATA,
+    BadInput,
+    DiffusionConfig,
+    DiffusionTransformer,
+    decode_tokens,
+    encode_text,
+    load_corpus,
+    load_weights,
+    log_probs,
+    masked_count_weights,
+    masked_nll,
+    nelbo,
+    noise_index,
+    q_sample,
+    save_atomically,
+    save_weights,
+)
+
+# ---- characters
+
+
+@given(st.text(st.characters(min_codepoint=1, max_codepoint=127)))
+def test_ascii_text_survives_encoding_and_decoding(text):
+    assert decode_tokens(encode_text(text)) == text
+
+
+@given(st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"])))
+def test_any_unicode_text_survives_with_a_byte_vocabulary(text):
+    assert decode_tokens(encode_text(text, vocab_size=256)) == text
+
+
+@pytest.mark.parametrize("text, character, position", [("caf\u00e9", "\u00e9", 3), ("a\0b", "\\x00", 1), ("\u2603", "\u2603", 0)])
+def test_a_character_outside_the_vocabulary_is_named_with_its_position(text, character, position):
+    with pytest.raises(BadInput, match=f"position {position}") as error:
+        encode_text(text)
+    assert character in str(error.value)
+
+
+def test_corpus_is_the_published_file_split_as_nanogpt_splits_it():
+    train, val, sha256 = load_corpus(DEFAULT_DATA, DiffusionConfig())
+    assert sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    assert (len(train), len(val)) == (1003854, 111540)
+    assert decode_tokens(train) + decode_tokens(val) == DEFAULT_DATA.read_text()
+    assert hashlib.sha256(DEFAULT_DATA.read_bytes()).hexdigest() == sha256
+
+
+# ---- the network
+
+
+def test_default_model_has_the_published_parameters():
+    model = DiffusionTransformer(DiffusionConfig())
+    assert sum(p.numel() for p in model.parameters()) == 10_764_288
+    block = ["attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    names = ["token_emb", "time_emb", *(f"blocks.{i}.{part}" for i in range(6) for part in block), "output_head"]
+    assert list(model.state_dict()) == [f"{name}.weight" for name in names]
+    assert len(names) == 39
+
+
+def test_initialisation_follows_its_table():
+    torch.manual_seed(0)
+    for name, parameter in DiffusionTransformer(DiffusionConfig()).named_parameters():
+        if "c_proj" in name or "output_head" in name:
+            assert not parameter.any()
+            continue
+        fan_out, fan_in = parameter.shape
+        std = 1.0 if "_emb" in name else min(1, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
+        assert parameter.std().item() == pytest.approx(std, rel=0.02)
+        assert parameter.mean().item() == pytest.approx(0, abs=0.02 * std)
+
+
+def plain_forward(state, x_t, t, n_layer, n_head):
+    """The architecture as its description reads, one sequence, head and position at a time."""
+    unit = lambda v: v / torch.sqrt((v * v).mean() + torch.finfo(v.dtype).eps)
+
+    def rotated(v, position):
+        half = len(v) // 2
+        angle = position * 10000.0 ** (-torch.arange(half, dtype=v.dtype) / half)
+        a, b = v[:half], v[half:]
+        return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()])
+
+    logits = []
+    for ids, level in zip(x_t, t):
+        x = [unit(state["token_emb.weight"][i] + state["time_emb.weight"][level]) for i in ids]
+        for layer in range(n_layer):
+            w = {name: state[f"blocks.{layer}.{name}.weight"] for name in
+                 ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+            normed = [unit(v) for v in x]
+            q, k, v = ([(w[f"attn.c_{name}"] @ row).chunk(n_head) for row in normed] for name in "qkv")
+            mixed = []
+            for i in range(len(x)):
+                heads = []
+                for h in range(n_head):
+                    query = unit(rotated(q[i][h], i))
+                    scores = torch.stack([query @ unit(rotated(k[j][h], j)) for j in range(len(x))])
+                    weights = (scores / math.sqrt(len(query))).softmax(0)
+                    heads.append(sum(weight * v[j][h] for j, weight in enumerate(weights)))
+                mixed.append(x[i] + w["attn.c_proj"] @ torch.cat(heads))
+            x = [row + w["mlp.c_proj"] @ (w["mlp.c_fc"] @ unit(row)).clamp(min=0) ** 2 for row in mixed]
+        logits.append(torch.stack([state["output_head.weight"] @ unit(row) for row in x]))
+    return torch.stack(logits)
+
+
+def test_forward_agrees_with_a_plain_implementation():
+    model = random_model()
+    x_t, t = torch.randint(0, 128, (2, 7)), torch.tensor([3, 127])
+    expected = plain_forward(model.state_dict(), x_t, t, n_layer=2, n_head=2)
+    torch.testing.assert_close(model(x_t, t), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_position_sees_both_directions():
+    model, x = random_model(), torch.randint(1, 128, (1, 32))
+    index = torch.tensor([5])
+    for changed in (0, 31):
+        y = x.clone()
+        y[0, changed] = (x[0, changed] + 1) % 127 + 1
+        difference = (model(x, index) - model(y, index)).abs().amax(-1)[0]
+        assert (difference > 0).all()
+
+
+def test_the_time_index_matters():
+    model, x = random_model(), torch.randint(1, 128, (1, 32))
+    assert not torch.allclose(model(x, torch.tensor([0])), model(x, torch.tensor([127])))
+
+
+@pytest.mark.parametrize("change", [{"n_embd": 30, "n_head": 4}, {"n_layer": 0}, {"vocab_size": 300}, {"mask_token_id": 128},
+                                    {"context_len": 256}, {"sequence_len": 2.5}])
+def test_impossible_config_is_refused(change):
+    with pytest.raises(BadInput):
+        DiffusionConfig(**change)
+
+
+# ---- the diffusion
+
+
+@given(st.integers(1, 300), st.integers(1, 200), st.data())
+def test_time_index_matches_masked_fraction(n, steps, data):
+    m = data.draw(st.integers(0, n))
+    masked = (torch.randperm(n) < m)[None]
+    assert noise_index(masked, steps).item() == max(0, math.ceil(steps * m / n) - 1)
+
+
+def test_forward_process_masks_each_character_with_probability_t_over_the_steps():
+    torch.manual_seed(0)
+    x_0 = torch.randint(1, 128, (4000, 8))
+    for t in (1, 40, 128):
+        x_t, masked = q_sample(x_0, torch.full((4000,), t), DiffusionConfig())
+        p = t / 128
+        bound = 4.5 * math.sqrt(p * (1 - p) / 4000) + 1e-9  # 4.5 standard errors for each position
+        assert ((masked.float().mean(0) - p).abs() <= bound).all()
+        pairs = (masked[:, :-1] & masked[:, 1:]).float().mean(0)
+        assert ((pairs - p * p).abs() <= 4.5 * math.sqrt(p * p * (1 - p * p) / 4000) + 1e-9).all()
+        assert torch.equal(x_t == 0, masked) and torch.equal(x_t[~masked], x_0[~masked])
+
+
+def test_forward_process_leaves_the_prefix_clean():
+    x_0 = torch.randint(1, 128, (3, 8))
+    _, masked = q_sample(x_0, torch.full((3,), 128), DiffusionConfig(), prefix_len=torch.tensor([0, 3, 8]))
+    assert masked.sum(1).tolist() == [8, 5, 0] and not masked[1, :3].any()
+
+
+def test_mask_token_has_no_probability_and_the_rest_adds_up_to_one():
+    p = log_probs(torch.randn(2, 5, 128), mask_token_id=0).exp()
+    assert (p[..., 0] == 0).all()
+    torch.testing.assert_close(p.sum(-1), torch.ones(2, 5))
+
+
+def test_loss_and_gradient_stay_finite_with_nothing_or_everything_masked():
+    model, x_0 = random_model(), torch.randint(1, 128, (2, 32))
+    masked = torch.tensor([[False], [True]]).expand(2, 32)
+    nll = masked_nll(model(x_0.masked_fill(masked, 0), noise_index(masked, 128)), x_0, masked, 0)
+    nll.sum().backward()
+    assert nll[0] == 0 and nll[1] > 0
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_bound_of_a_zero_output_head_is_the_log_of_the_real_characters():
+    model = DiffusionTransformer(TINY)
+    mean, error = nelbo(model, torch.randint(1, 128, (300,)), passes=3)
+    assert mean == pytest.approx(math.log(127), abs=1e-5) and error < 1e-5
+
+
+def enumerated_bound(model, x_0):
+    """The definition, word by word: every t, every mask with its probability, S / t times the sum."""
+    config = model.config
+    S, L = config.diffusion_steps, config.sequence_len
+    total = 0.0
+    for t in range(1, S + 1):
+        for masked in all_masks(L):
+            m = int(masked.sum())
+            if m == 0:
+                continue
+            probability = (t / S) ** m * (1 - t / S) ** (L - m)
+            index = torch.tensor([math.ceil(S * m / L) - 1])
+            logits = model(x_0.masked_fill(masked, 0)[None], index)[0]
+            logits[:, 0] = -math.inf
+            nll = F.cross_entropy(logits[masked], x_0[masked], reduction="sum")
+            total += probability * S / t * nll.item() / (S * L)
+    return total
+
+
+def test_sampled_bound_equals_enumeration_over_all_masks():
+    config = DiffusionConfig(sequence_len=3, vocab_size=4, diffusion_steps=5, context_len=0)
+    model, x_0 = TableModel(config), torch.tensor([1, 3, 2])
+    exact = enumerated_bound(model, x_0)
+    mean, error = nelbo(model, x_0.repeat(500), passes=8)
+    assert error < 0.02
+    assert abs(mean - exact) < 4.5 * error
+    by_count = [[], [], [], []]
+    for masked in all_masks(3):
+        nll = masked_nll(model(x_0.masked_fill(masked, 0)[None], None), x_0[None], masked[None], 0).item()
+        by_count[int(masked.sum())].append(nll)
+    weights = masked_count_weights(3, 5)
+    assert sum(w * sum(n) / len(n) for w, n in zip(weights.tolist(), by_count[1:])) == pytest.approx(exact, rel=1e-5)
+
+
+def test_bound_covers_the_whole_text_and_needs_no_full_last_window():
+    class Reader(torch.nn.Module):
+        config = TINY
+        dummy = torch.nn.Parameter(torch.zeros(1))
+        seen = []
+
+        def forward(self, x_t, t):
+            self.seen.append(x_t.numel())
+            return torch.zeros(*x_t.shape, 128)
+
+    reader = Reader()
+    nelbo(reader, torch.randint(1, 128, (32 * 5 + 9,)), passes=2)
+    assert sum(reader.seen) == 2 * (32 * 5 + 9)
+
+
+# ---- the checkpoint
+
+
+def test_checkpoint_round_trip_keeps_weights_config_and_meta(tmp_path):
+    model = random_model()
+    save_weights(model, {"step": 7, "seed": 3}, tmp_path / "w.pt")
+    loaded, meta = load_weights(tmp_path / "w.pt")
+    assert meta == {"step": 7, "seed": 3} and loaded.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.bfloat16().float())
+
+
+def test_a_bare_state_dict_loads_with_the_default_config(tmp_path):
+    model = DiffusionTransformer(DiffusionConfig())
+    torch.save(model.state_dict(), tmp_path / "original.pt")
+    loaded, meta = load_weights(tmp_path / "original.pt")
+    assert meta == {} and torch.equal(loaded.time_emb.weight, model.time_emb.weight)
+
+
+def broken_files():
+    state, config = random_model().state_dict(), asdict(TINY)
+    yield "missing", None
+    yield "empty", b""
+    yield "text", b"To be, or not to be"
+    yield "foreign dict", {"weights": torch.zeros(3)}
+    yield "list", [1, 2]
+    yield "wrong shapes", {"model": state, "config": {**config, "n_embd": 64}, "meta": {}}
+    yield "too many layers", {"model": state, "config": {**config, "n_layer": 1}, "meta": {}}
+    yield "unknown config field", {"model": state, "config": {**config, "n_gpu": 1}, "meta": {}}
+    yield "config is no dict", {"model": state, "config": 3, "meta": {}}
+    yield "not tensors", {"model": {name: 0 for name in state}, "config": config, "meta": {}}
+    yield "code", {"model": print, "config": config, "meta": {}}
+
+
+@pytest.mark.parametrize("contents", [pytest.param(c, id=name) for name, c in broken_files()])
+def test_foreign_weights_are_refused_in_one_line(contents, tmp_path):
+    path = tmp_path / "w.pt"
+    if isinstance(contents, bytes):
+        path.write_bytes(contents)
+    elif contents is not None:
+        torch.save(contents, path)
+    with pytest.raises(BadInput) as error:
+        load_weights(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_truncated_checkpoint_is_refused_wherever_it_ends(tmp_path):
+    save_weights(random_model(), {}, tmp_path / "w.pt")
+    whole = (tmp_path / "w.pt").read_bytes()
+    for share in (0.01, 0.3, 0.7, 0.99):
+        (tmp_path / "cut.pt").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(BadInput):
+            load_weights(tmp_path / "cut.pt")
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
+    path = tmp_path / "w.pt"
+    save_atomically({"a": 1}, path)
+    for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+            with pytest.raises(OSError):
+                save_atomically({"a": 2}, path)
+        assert torch.load(path) == {"a": 1}
+        assert os.listdir(tmp_path) == ["w.pt"]
+    assert model_module.DEFAULT_WEIGHTS.parent.name == "weights"

@@ -1,0 +1,216 @@
+"""training.py from the outside, as subprocesses with a tiny model, plus its Muon from the inside."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_clear_line, random_model, script
+
+from model import load_weights, save_weights
+
+TINY_RUN = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--sequence-len", "32", "--context-len", "4", "--batch-size", "8",
+            "--eval-interval", "6", "--no-compile", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def small_corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_corpus, tmp_path_factory):
+    weights = tmp_path_factory.mktemp("run") / "w.pt"
+    process = script("training.py", "--data", small_corpus, "--weights", weights, "--steps", 18, *TINY_RUN)
+    assert process.returncode == 0, process.stderr
+    return weights, process
+
+
+def state_of(weights):
+    return torch.load(weights.with_suffix(".state.pt"), weights_only=True)
+
+
+def assert_same_run(one, other):
+    a, b = state_of(one), state_of(other)
+    assert a["step"] == b["step"]
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    assert torch.equal(a["generator"], b["generator"])
+
+
+def test_a_run_learns_logs_and_leaves_measured_weights(whole_run, small_corpus):
+    weights, process = whole_run
+    model, meta = load_weights(weights)
+    assert meta["step"] == 18 and meta["characters_seen"] == 18 * 8 * 32 and meta["seed"] == 1337
+    assert meta["val_nelbo"] < 4.5 < 4.85  # log(127) = 4.844 is where an untrained model stands
+    with open(weights.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [6, 12, 18]
+    assert float(rows[-1]["val_nelbo"]) < float(rows[0]["val_nelbo"])
+    measured = script("training.py", "--eval-only", "--weights", weights, "--data", small_corpus, "--device", "cpu")
+    assert f"{meta['val_nelbo']:.4f}" in measured.stdout
+
+
+def test_training_on_several_processes_is_training_on_one(whole_run, small_corpus, tmp_path):
+    weights = tmp_path / "two.pt"
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "training.py"),
+         "--data", str(small_corpus), "--weights", str(weights), "--steps", "18", *TINY_RUN, "--micro-batch-size", "2"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr
+    one, two = state_of(whole_run[0])["model"], state_of(weights)["model"]
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
+    assert process.stdout.count("validation NELBO") == 1  # rank 0 alone speaks
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(signum, whole_run, small_corpus, tmp_path):
+    weights = tmp_path / "w.pt"
+    command = [sys.executable, str(ROOT / "training.py"), "--data", str(small_corpus), "--weights", str(weights), "--steps", "18", *TINY_RUN]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not weights.with_suffix(".state.pt").exists():  # the first evaluation, after step 6
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in errors
+    stopped_at = state_of(weights)["step"]
+    assert 6 <= stopped_at < 18
+    resumed = script("training.py", "--data", small_corpus, "--weights", weights, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(weights, whole_run[0])
+
+
+def test_a_killed_run_resumes_from_its_last_whole_checkpoint(whole_run, small_corpus, tmp_path):
+    """SIGKILL at ten moments, spread over start, steps and saves (every step saves here)."""
+    weights = tmp_path / "w.pt"
+    command = [sys.executable, str(ROOT / "training.py"), "--data", str(small_corpus), "--weights", str(weights)]
+    state = weights.with_suffix(".state.pt")
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for kill in range(10):
+        mode = ["--resume"] if state.exists() else ["--steps", "18", *TINY_RUN]
+        process = subprocess.Popen([*command, *mode, "--eval-interval", "1"], stderr=subprocess.DEVNULL, env=settings)
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            if state.exists() and state.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.002)
+        time.sleep(0.013 * kill)
+        process.kill()
+        process.wait()
+        if state.exists():
+            state_of(weights)  # always whole
+    resumed = script(*command[1:], "--resume", "--eval-interval", "6") if False else script(
+        "training.py", "--data", small_corpus, "--weights", weights, "--resume", "--eval-interval", 6)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(weights, whole_run[0])
+
+
+def test_only_better_weights_replace_existing_ones(whole_run, small_corpus, tmp_path):
+    weights = tmp_path / "w.pt"
+    weights.write_bytes(whole_run[0].read_bytes())
+    process = script("training.py", "--data", small_corpus, "--weights", weights, "--steps", 2, *TINY_RUN)
+    assert process.returncode == 0, process.stderr
+    assert "was better and stays" in process.stderr
+    assert weights.read_bytes() == whole_run[0].read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small_corpus, tmp_path):
+    process = script("training.py", "--data", small_corpus, "--weights", tmp_path / "w.pt", "--steps", 50, *TINY_RUN,
+                     "--muon-learning-rate", "1e30", "--warmup", 0)
+    assert process.returncode == 2
+    assert "the loss at step" in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
+
+
+def test_max_minutes_follows_the_clock(small_corpus, tmp_path):
+    started = time.monotonic()
+    process = script("training.py", "--data", small_corpus, "--weights", tmp_path / "w.pt", "--max-minutes", "0.05", *TINY_RUN)
+    assert process.returncode == 0, process.stderr
+    state = state_of(tmp_path / "w.pt")
+    assert 3 <= state["seconds"] < 20 and time.monotonic() - started < 90
+    assert state["optimizers"][0]["param_groups"][0]["lr"] < 0.02  # it had begun to fall
+
+
+def test_muon_makes_the_updates_of_torch_optim_muon():
+    from training import Muon
+
+    models = [random_model(), random_model()]
+    ours = Muon(models[0].blocks.parameters(), lr=0.02, weight_decay=0.1)
+    theirs = torch.optim.Muon(models[1].blocks.parameters(), lr=0.02, weight_decay=0.1)
+    start = {name: p.clone() for name, p in models[0].blocks.named_parameters()}
+    for step in range(3):
+        torch.manual_seed(step)
+        for a, b in zip(models[0].blocks.parameters(), models[1].blocks.parameters()):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    for (name, a), b in zip(models[0].blocks.named_parameters(), models[1].blocks.parameters()):
+        moved_a, moved_b = a - start[name], b - start[name]
+        assert (moved_a - moved_b).norm() < 0.03 * moved_b.norm(), name  # theirs rounds to bfloat16
+
+
+def test_learning_rate_rises_stays_and_falls():
+    from argparse import Namespace
+
+    from training import learning_rate_factor
+
+    args = Namespace(warmup=0.1, decay=0.4)
+    assert [learning_rate_factor(p, args) for p in (0, 0.05, 0.1, 0.5)] == [0, 0.5, 1, 1]
+    assert learning_rate_factor(0.8, args) == pytest.approx(0.5) and learning_rate_factor(1, args) == 0
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--data", "nowhere.txt"], ["nowhere.txt"]),
+    (["--batch-size", "0"], ["'0'", "at least 1"]),
+    (["--steps", "-1"], ["-1"]),
+    (["--n-embd", "50", "--n-head", "4"], ["50", "4"]),
+    (["--learning-rate", "0"], ["'0'", "above 0"]),
+    (["--device", "cuda:9"], ["cuda:9"]),
+    (["--weights", "/proc/nothing/w.pt"], ["/proc/nothing"]),
+    (["--resume"], ["state.pt"]),
+    (["--eval-only"], ["w.pt"]),
+    (["--batch-size", "8", "--micro-batch-size", "3"], ["3", "8"]),
+    (["--vocab-size", "999"], ["999"]),
+])
+def test_bad_input_to_training_is_one_line(arguments, words, tmp_path):
+    assert_one_clear_line(script("training.py", "--weights", tmp_path / "w.pt", *arguments), *words)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", ["empty"]),
+    ("short", ["5 characters"]),
+    ("caf\u00e9 " * 2000, ["\u00e9", "position 3"]),
+    ("a\0b" * 2000, ["position 1", "MASK"]),
+])
+def test_bad_corpus_is_one_line(text, words, tmp_path):
+    data = tmp_path / "corpus.txt"
+    data.write_text(text)
+    assert_one_clear_line(script("training.py", "--data", data, "--weights", tmp_path / "w.pt"), *words)
+
+
+def test_weights_that_are_no_checkpoint_are_not_overwritten(small_corpus, tmp_path):
+    weights = tmp_path / "w.pt"
+    weights.write_text("my diary")
+    assert_one_clear_line(script("training.py", "--data", small_corpus, "--weights", weights, *TINY_RUN), "w.pt")
+    assert weights.read_text() == "my diary"
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(small_corpus, tmp_path):
+    process = script("training.py", "--data", small_corpus, "--weights", tmp_path / "w.pt", *TINY_RUN, "--batch-size", 7,
+                     env={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    assert_one_clear_line(process, "7", "2 processes")
+
+
+def test_resume_refuses_other_settings_than_the_run_has(whole_run, small_corpus):
+    process = script("training.py", "--data", small_corpus, "--weights", whole_run[0], "--resume", "--steps", 99)
+    assert_one_clear_line(process, "--steps 99", "18")
