@@ -389,7 +389,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[Diffus
         raise BadInput(f"weights file {path}: unusable config ({error})")
     expected, found = model.state_dict(), contents["model"]
     for name in sorted(expected.keys() | found.keys()):
-        shapes = [tuple(state[name].shape) if name in state else "nothing" for state in (found, expected)]
+        shapes = [tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else "nothing"
+                  for state in (found, expected)]
         if shapes[0] != shapes[1]:
             raise BadInput(f"weights file {path}: {name} holds {shapes[0]} where its config asks for {shapes[1]}")
     model.load_state_dict(found)

@@ -327,9 +327,10 @@ def parse_arguments():
     group.add_argument("--infill", metavar="TEXT", help="fill every underscore of TEXT, or of stdin where TEXT is -")
     group.add_argument("--num-blocks", type=count, default=30, help="blocks to write")
     group.add_argument("--num-samples", type=count, default=1, help="texts to write, all in one batch")
-    group.add_argument("--block-len", type=count, default=DEFAULT_BLOCK_LEN, help="characters per block")
-    group.add_argument("--context-len", type=number(int, least=0), default=DEFAULT_CONTEXT_LEN, help="characters before a "
-                       "block that it is conditioned on")
+    group.add_argument("--block-len", type=count, help=f"characters per block (default: {DEFAULT_BLOCK_LEN}, "
+                       "or half the model's sequence length where that is less)")
+    group.add_argument("--context-len", type=number(int, least=0), help="characters before a block that it is "
+                       f"conditioned on (default: {DEFAULT_CONTEXT_LEN}, or what fits)")
     group = parser.add_argument_group("model")
     group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to load")
     group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
@@ -360,20 +361,19 @@ def main():
         calls.update()
 
     shared = dict(num_samples=args.num_samples, rule=pick_rule(args), temperature=args.temperature, seed=args.seed, count=count)
-    started = time.monotonic()
+    started, written = time.monotonic(), 0
     if args.infill is not None:
         texts = infill(model, args.infill, **shared)
         written = args.infill.count("_") * args.num_samples
         print(texts[0])
     else:
         texts = [args.prompt] * args.num_samples
-        print(args.prompt, end="", flush=True)
         for block in generate(model, args.prompt, args.num_blocks, block_len=args.block_len,
                               context_len=args.context_len, leftmost=args.leftmost, **shared):
-            texts = [text + new for text, new in zip(texts, block)]
             calls.clear()
-            print(block[0], end="", flush=True)  # the first sample streams, the others follow when it is whole
-        written = args.num_blocks * args.block_len * args.num_samples
+            print((args.prompt if written == 0 else "") + block[0], end="", flush=True)  # the others follow when this one is whole
+            texts = [text + new for text, new in zip(texts, block)]
+            written += sum(map(len, block))
         print()
     for i, text in enumerate(texts[1:], start=2):
         print(f"\n----- sample {i} -----\n{text}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from model import DiffusionConfig, DiffusionTransformer, save_weights
+from sample import run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = DiffusionConfig(sequence_len=32, n_layer=2, n_head=2, n_embd=32, context_len=4)
@@ -52,6 +53,23 @@ def tiny_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
     save_weights(random_model(), {"step": 0}, path)
     return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls a script's main with a command line, in this process: importing torch anew takes seconds."""
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        try:
+            run(main)
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    return call
 
 
 def script(*arguments, cwd=None, env=None, **kwargs):

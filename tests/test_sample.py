@@ -1,14 +1,19 @@
+import io
 import itertools
 import math
+import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import TINY, TableModel, assert_one_clear_line, random_model, script
+from conftest import ROOT, TableModel, assert_one_clear_line, random_model, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import BadInput, DiffusionConfig, load_weights
+import sample
+from model import BadInput, DiffusionConfig
 from sample import (
     Proposal,
     ancestral,
@@ -216,36 +221,32 @@ def test_infilling_touches_gaps_alone_however_long_the_text(text, num_samples):
 # ---- the command
 
 
-def test_sample_prints_text_alone_to_stdout(tiny_weights, tmp_path):
-    arguments = ["sample.py", "--weights", tiny_weights, "--block-len", 8, "--context-len", 8, "--num-blocks", 3]
-    process = script(*arguments, "--prompt", "ROMEO: a long prompt is printed whole", cwd=tmp_path)
+def test_sample_prints_text_alone_to_stdout_from_any_folder(tiny_weights, tmp_path, command):
+    prompt = "ROMEO: a long prompt is printed whole"
+    arguments = ["--weights", tiny_weights, "--block-len", 8, "--context-len", 8, "--num-blocks", 3, "--prompt", prompt]
+    process = script("sample.py", *arguments, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("ROMEO: a long prompt is printed whole")
-    model, _ = load_weights(tiny_weights)
+    assert process.stdout.startswith(prompt) and len(process.stdout) == len(prompt) + 24 + 1
     assert "24 characters in" in process.stderr and "network calls" in process.stderr
-    assert script(*arguments, "--prompt", "ROMEO: a long prompt is printed whole").stdout == process.stdout
+    assert command(sample.main, *arguments).stdout == process.stdout
 
 
-def test_sample_separates_several_samples_and_fills_gaps(tiny_weights):
-    process = script("sample.py", "--weights", tiny_weights, "--num-samples", 3, "--infill", "-", input="To __ or not")
-    texts = [part.strip("\n") for part in process.stdout.replace("----- sample 3 -----", "----- sample 2 -----").split("----- sample 2 -----")]
+def test_sample_separates_several_samples_and_fills_gaps(tiny_weights, command, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("To __ or not"))
+    process = command(sample.main, "--weights", tiny_weights, "--num-samples", 3, "--infill", "-")
+    texts = re.split(r"\n*----- sample \d -----\n", process.stdout)
     assert len(texts) == 3
-    assert all(text.startswith("To ") and text.endswith(" or not") for text in texts)
+    assert all(text.startswith("To ") and text.rstrip("\n").endswith(" or not") for text in texts)
 
 
 def test_a_closed_pipe_ends_quietly(tiny_weights):
-    process = script("-c" if False else "sample.py", "--weights", tiny_weights, "--block-len", 8, "--context-len", 8, "--num-blocks", 1)
-    assert process.returncode == 0
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-    writer = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--weights", str(tiny_weights), "--block-len", "8",
-                               "--context-len", "8", "--num-blocks", "3000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    writer.stdout.read(1)
-    writer.stdout.close()
-    assert writer.stderr.read() == ""
-    assert writer.wait(60) == 0
+    command = [sys.executable, ROOT / "sample.py", "--weights", tiny_weights, "--block-len", "8", "--context-len", "8",
+               "--num-blocks", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -267,5 +268,5 @@ def test_a_closed_pipe_ends_quietly(tiny_weights):
     (["--block-len", "30", "--context-len", "20"], ["30", "20", "32"]),
     (["--weights", "nowhere.pt"], ["nowhere.pt", "training.py"]),
 ])
-def test_bad_input_to_sample_is_one_line(arguments, words, tiny_weights):
-    assert_one_clear_line(script("sample.py", "--weights", tiny_weights, *arguments), *words)
+def test_bad_input_to_sample_is_one_line(arguments, words, tiny_weights, command):
+    assert_one_clear_line(command(sample.main, "--weights", tiny_weights, *arguments), *words)

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 from conftest import ROOT, assert_one_clear_line, random_model, script
 
-from model import load_weights, save_weights
+import training
+from model import load_weights
 
 TINY_RUN = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--sequence-len", "32", "--context-len", "4", "--batch-size", "8",
             "--eval-interval", "6", "--no-compile", "--device", "cpu"]
@@ -108,8 +110,7 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(whole_run, small_co
         process.wait()
         if state.exists():
             state_of(weights)  # always whole
-    resumed = script(*command[1:], "--resume", "--eval-interval", "6") if False else script(
-        "training.py", "--data", small_corpus, "--weights", weights, "--resume", "--eval-interval", 6)
+    resumed = script("training.py", "--data", small_corpus, "--weights", weights, "--resume", "--eval-interval", 6)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(weights, whole_run[0])
 
@@ -140,10 +141,8 @@ def test_max_minutes_follows_the_clock(small_corpus, tmp_path):
 
 
 def test_muon_makes_the_updates_of_torch_optim_muon():
-    from training import Muon
-
     models = [random_model(), random_model()]
-    ours = Muon(models[0].blocks.parameters(), lr=0.02, weight_decay=0.1)
+    ours = training.Muon(models[0].blocks.parameters(), lr=0.02, weight_decay=0.1)
     theirs = torch.optim.Muon(models[1].blocks.parameters(), lr=0.02, weight_decay=0.1)
     start = {name: p.clone() for name, p in models[0].blocks.named_parameters()}
     for step in range(3):
@@ -159,13 +158,9 @@ def test_muon_makes_the_updates_of_torch_optim_muon():
 
 
 def test_learning_rate_rises_stays_and_falls():
-    from argparse import Namespace
-
-    from training import learning_rate_factor
-
     args = Namespace(warmup=0.1, decay=0.4)
-    assert [learning_rate_factor(p, args) for p in (0, 0.05, 0.1, 0.5)] == [0, 0.5, 1, 1]
-    assert learning_rate_factor(0.8, args) == pytest.approx(0.5) and learning_rate_factor(1, args) == 0
+    assert [training.learning_rate_factor(p, args) for p in (0, 0.05, 0.1, 0.5)] == [0, 0.5, 1, 1]
+    assert training.learning_rate_factor(0.8, args) == pytest.approx(0.5) and training.learning_rate_factor(1, args) == 0
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -181,8 +176,8 @@ def test_learning_rate_rises_stays_and_falls():
     (["--batch-size", "8", "--micro-batch-size", "3"], ["3", "8"]),
     (["--vocab-size", "999"], ["999"]),
 ])
-def test_bad_input_to_training_is_one_line(arguments, words, tmp_path):
-    assert_one_clear_line(script("training.py", "--weights", tmp_path / "w.pt", *arguments), *words)
+def test_bad_input_to_training_is_one_line(arguments, words, tmp_path, command):
+    assert_one_clear_line(command(training.main, "--weights", tmp_path / "w.pt", *arguments), *words)
     assert os.listdir(tmp_path) == []
 
 
@@ -192,25 +187,25 @@ def test_bad_input_to_training_is_one_line(arguments, words, tmp_path):
     ("caf\u00e9 " * 2000, ["\u00e9", "position 3"]),
     ("a\0b" * 2000, ["position 1", "MASK"]),
 ])
-def test_bad_corpus_is_one_line(text, words, tmp_path):
+def test_bad_corpus_is_one_line(text, words, tmp_path, command):
     data = tmp_path / "corpus.txt"
     data.write_text(text)
-    assert_one_clear_line(script("training.py", "--data", data, "--weights", tmp_path / "w.pt"), *words)
+    assert_one_clear_line(command(training.main, "--data", data, "--weights", tmp_path / "w.pt"), *words)
 
 
-def test_weights_that_are_no_checkpoint_are_not_overwritten(small_corpus, tmp_path):
+def test_weights_that_are_no_checkpoint_are_not_overwritten(small_corpus, tmp_path, command):
     weights = tmp_path / "w.pt"
     weights.write_text("my diary")
-    assert_one_clear_line(script("training.py", "--data", small_corpus, "--weights", weights, *TINY_RUN), "w.pt")
+    assert_one_clear_line(command(training.main, "--data", small_corpus, "--weights", weights, *TINY_RUN), "w.pt")
     assert weights.read_text() == "my diary"
 
 
-def test_a_batch_that_the_processes_do_not_divide_is_refused(small_corpus, tmp_path):
-    process = script("training.py", "--data", small_corpus, "--weights", tmp_path / "w.pt", *TINY_RUN, "--batch-size", 7,
-                     env={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+def test_a_batch_that_the_processes_do_not_divide_is_refused(small_corpus, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt", *TINY_RUN, "--batch-size", 7)
     assert_one_clear_line(process, "7", "2 processes")
 
 
-def test_resume_refuses_other_settings_than_the_run_has(whole_run, small_corpus):
-    process = script("training.py", "--data", small_corpus, "--weights", whole_run[0], "--resume", "--steps", 99)
+def test_resume_refuses_other_settings_than_the_run_has(whole_run, small_corpus, command):
+    process = command(training.main, "--data", small_corpus, "--weights", whole_run[0], "--resume", "--steps", 99)
     assert_one_clear_line(process, "--steps 99", "18")
