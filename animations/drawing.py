@@ -98,8 +98,9 @@ def show(frames: Iterable[Frame], args) -> None:
         play_in_terminal(frames, args.fps)
 
 
-def play_in_terminal(frames: Iterable[Frame], fps: float, out=sys.stdout) -> None:
+def play_in_terminal(frames: Iterable[Frame], fps: float, out=None) -> None:
     """Redraws in place with ANSI colours; into a pipe or file goes the last frame alone, as plain text."""
+    out = out or sys.stdout
     if not out.isatty():
         *_, last = frames
         out.write("\n".join([last.title, *("".join(character for character, _ in row) for row in last.cells())]) + "\n")

@@ -1,0 +1,224 @@
+"""How good and how fast is the sampler? The frontier of decoding rules, and the speed of sample.py.
+
+    uv run tests/benchmark_sampling.py                      # every rule over temperature, 64 samples a point
+    uv run tests/benchmark_sampling.py --speed              # characters per second against a plain loop
+    uv run tests/benchmark_sampling.py --plot frontier.png  # the frontier as a picture too
+
+Every sample continues 16 characters of held-out text by 240. Columns, each with its standard error
+over groups of 8 samples:
+
+    calls     network calls for the slowest sample
+    n-gram    nats per character under an interpolated Witten-Bell 7-gram model of the train split
+    valid     share of the words that occur in the train split
+    distinct  distinct 4-grams over all 4-grams of 8 samples
+    copy      longest verbatim copy from the train split, characters, over all samples
+
+Likelihood alone rewards repetition and diversity alone rewards noise: read n-gram, valid and distinct
+together, beside the held-out row.
+"""
+
+import math
+import re
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import DEFAULT_DATA, DEFAULT_WEIGHTS, decode_tokens, load_corpus, load_weights  # noqa: E402
+from sample import (  # noqa: E402
+    CommandLine, ancestral, decode, entropy_bound, generate, last, number, run, threshold, top_k,
+)
+
+CONTEXT, LENGTH, GROUP = 16, 240, 8
+
+
+class NGramJudge:
+    """Interpolated Witten-Bell n-gram model: P(w | h) = (c(hw) + d(h) P(w | shorter h)) / (c(h) + d(h)),
+    d(h) counting the distinct characters seen after h; the shortest history's P is uniform over 127."""
+
+    def __init__(self, ids: np.ndarray, order: int = 7):
+        self.tables = []
+        for n in range(1, order + 1):
+            grams, counts = np.unique(self.codes(ids, n), return_counts=True)
+            histories, start = np.unique(grams >> 7, return_index=True)
+            self.tables.append((grams, counts, histories, np.add.reduceat(counts, start), np.diff([*start, len(grams)])))
+
+    @staticmethod
+    def codes(ids: np.ndarray, n: int) -> np.ndarray:
+        """Every n characters in a row as one integer, 7 bits each."""
+        windows = np.lib.stride_tricks.sliding_window_view(ids.astype(np.int64), n)
+        return (windows << 7 * np.arange(n)[::-1]).sum(1)
+
+    def nats(self, ids: np.ndarray, skip: int) -> np.ndarray:
+        """-log P of every character after the first `skip`, which are history only."""
+        p = np.full(len(ids) - skip, 1 / 127)
+        look_up = lambda table, values, keys: np.where(
+            (at := np.searchsorted(table, keys).clip(max=len(table) - 1), table[at] == keys)[1], values[at], 0)
+        for n, (grams, counts, histories, totals, kinds) in enumerate(self.tables, start=1):
+            codes = self.codes(ids, n)[skip - n + 1 :]
+            c_hw, c_h, d_h = look_up(grams, counts, codes), look_up(histories, totals, codes >> 7), look_up(histories, kinds, codes >> 7)
+            p = np.where(c_h > 0, (c_hw + d_h * p) / np.maximum(c_h + d_h, 1), p)
+        return -np.log(p)
+
+
+def longest_copy(text: str, source: str) -> int:
+    """Length of the longest stretch of `text` that stands in `source`."""
+    best = start = 0
+    while start + best < len(text):
+        if text[start : start + best + 1] in source:
+            best += 1
+        else:
+            start += 1
+    return best
+
+
+def words(text: str) -> list[str]:
+    """Whole words, folded to lower case; those cut by either end of the text are left out."""
+    return [match[0].lower() for match in re.finditer(r"[A-Za-z']+", text) if match.start() > 0 and match.end() < len(text)]
+
+
+def measure(texts: list[str], contexts: list[str], judge, vocabulary, train_text) -> dict:
+    """Means and standard errors over groups of 8 samples."""
+    groups = []
+    for i in range(0, len(texts), GROUP):
+        part = texts[i : i + GROUP]
+        nats = [judge.nats(np.frombuffer((c + t).encode(), np.uint8), CONTEXT).mean() for c, t in zip(contexts[i:], part)]
+        known = [word in vocabulary for text in part for word in words(text)]
+        grams = [text[j : j + 4] for text in part for j in range(len(text) - 3)]
+        groups.append((np.mean(nats), np.mean(known), len(set(grams)) / len(grams)))
+    mean, error = np.mean(groups, 0), np.std(groups, 0, ddof=1) / math.sqrt(len(groups))
+    copy = max(longest_copy(text, train_text) for text in texts)
+    return {"ngram": (mean[0], error[0]), "valid": (mean[1], error[1]), "distinct": (mean[2], error[2]), "copy": copy}
+
+
+def row(name, calls, m):
+    cells = "".join(f" {m[key][0]:.3f} ± {m[key][1]:.3f} |" for key in ("ngram", "valid", "distinct"))
+    return f"| {name} | {calls} |{cells} {m['copy']} |"
+
+
+def write(model, contexts, rule, temperature, leftmost, block_len, context_len, seed):
+    """The texts that `generate` makes of all contexts in one batch, and the network calls it took."""
+    calls = 0
+    prompts = torch.stack([torch.tensor(list(c.encode())) for c in contexts])
+    blank = torch.full((len(contexts), block_len), model.config.mask_token_id)
+    text, seeds = prompts, seed + torch.arange(len(contexts))
+    for block in range(-(-LENGTH // block_len)):
+        x = torch.cat([text[:, -context_len:], blank], 1)
+        states = list(decode(model, x, rule, temperature, seeds + (block << 32), leftmost))
+        calls += len(states) - 1
+        text = torch.cat([text, states[-1][:, -block_len:]], 1)
+    return [decode_tokens(t[CONTEXT : CONTEXT + LENGTH]) for t in text], calls
+
+
+def frontier_points():
+    """(family, name, rule, leftmost, block_len, context_len); short blocks see their own past and no empty future."""
+    yield "threshold", "threshold 0.9, window of 256", partial(threshold, tau=0.9), None, 240, 16
+    yield "top-k", "top-k 4, window of 256", partial(top_k, k=4), None, 240, 16
+    yield "top-k noise", "top-k 1 + Gumbel, leftmost 8, window of 256", partial(top_k, k=1, noise=1.0), 8, 240, 16
+    yield "ancestral", "ancestral, 128 levels, window of 256", partial(ancestral, steps=128), None, 240, 16
+    for block, context in ((16, 48), (24, 72)):
+        yield f"threshold {block}", f"threshold 0.9, blocks of {block} after {context}", partial(threshold, tau=0.9), None, block, context
+        for gamma in (0.1, 0.5):
+            yield f"entropy {block}", f"entropy {gamma}, blocks of {block} after {context}", partial(entropy_bound, gamma=gamma), None, block, context
+        yield f"top-k {block}", f"top-k 2, blocks of {block} after {context}", partial(top_k, k=2), None, block, context
+
+
+def frontier(args, model, train, val):
+    judge = NGramJudge(train.numpy())
+    train_text, val_text = decode_tokens(train), decode_tokens(val)
+    vocabulary = set(words(train_text))
+    starts = np.linspace(0, len(val_text) - CONTEXT - LENGTH, args.num_samples).astype(int)
+    contexts = [val_text[s : s + CONTEXT] for s in starts]
+    references = [val_text[s + CONTEXT : s + CONTEXT + LENGTH] for s in starts]
+    print("| decoding | calls | n-gram | valid | distinct | copy |\n|---|---|---|---|---|---|")
+    held_out = measure(references, contexts, judge, vocabulary, train_text)
+    print(row("held-out Shakespeare", "", held_out), flush=True)
+    points = []
+    for family, name, rule, leftmost, block_len, context_len in frontier_points():
+        if args.only and args.only not in name:
+            continue
+        for temperature in args.temperatures:
+            texts, calls = write(model, contexts, rule, temperature, leftmost, block_len, context_len, args.seed)
+            result = measure(texts, contexts, judge, vocabulary, train_text)
+            points.append((family, calls / LENGTH, result))
+            print(row(f"{name}, T {temperature:g}", calls, result), flush=True)
+    if args.plot:
+        plot(points, held_out, args.plot)
+
+
+def plot(points, held_out, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+    for family in dict.fromkeys(f for f, _, _ in points):
+        mine = [(calls, m["ngram"][0], m["distinct"][0]) for f, calls, m in points if f == family]
+        left.plot([d for _, _, d in mine], [n for _, n, _ in mine], "o-", ms=4, label=family)
+        right.plot([c for c, _, _ in mine], [n for _, n, _ in mine], "o", ms=4)
+    left.plot(held_out["distinct"][0], held_out["ngram"][0], "k*", ms=12, label="held-out text")
+    left.set(xlabel="distinct 4-grams", ylabel="n-gram, nats per character")
+    right.set(xlabel="network calls per character", ylabel="n-gram, nats per character")
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def plain_loop(model, context: str, tau=0.9) -> str:
+    """What one writes first: float32, eager, the whole window at every step, argmax, loops over positions."""
+    ids = list(context.encode()) + [0] * LENGTH
+    while 0 in ids:
+        t = math.ceil(model.config.diffusion_steps * ids.count(0) / len(ids))
+        logits = model(torch.tensor([ids]), torch.tensor([t - 1]))[0]
+        logits[:, 0] = -math.inf
+        confidence, chosen = logits.softmax(-1).max(-1)
+        masked = [i for i, token in enumerate(ids) if token == 0]
+        sure = [i for i in masked if confidence[i] >= tau] or [max(masked, key=lambda i: confidence[i])]
+        for i in sure:
+            ids[i] = int(chosen[i])
+    return decode_tokens(torch.tensor(ids[len(context):]))
+
+
+def speed(args, model, val):
+    """Plain loop and sample.py's defaults in turn, so that a slow spell of the machine hits both."""
+    context = decode_tokens(val[:CONTEXT])
+    rates = {"plain loop": [], "sample.py": [], "sample.py, 8 samples": []}
+    for i in range(args.repeats):
+        for name, n in (("plain loop", 1), ("sample.py", 1), ("sample.py, 8 samples", 8)):
+            started, made = time.perf_counter(), LENGTH
+            if name == "plain loop":
+                plain_loop(model, context)
+            else:
+                made = sum(len(text) for texts in generate(model, context, num_blocks=15, num_samples=n, seed=i) for text in texts)
+            rates[name].append(made / (time.perf_counter() - started))
+    for name, values in rates.items():
+        ratio = np.median(np.array(values) / np.array(rates["plain loop"]))
+        print(f"{name:22} {np.median(values):7.0f} characters per second   {ratio:5.1f} x")
+
+
+def main():
+    parser = CommandLine(__doc__)
+    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to judge")
+    parser.add_argument("--num-samples", type=number(int, least=16), default=64, help="samples a point, in groups of 8")
+    parser.add_argument("--temperatures", type=number(float, least=0), nargs="+", default=[0.5, 0.7, 0.9], help="points of each curve")
+    parser.add_argument("--only", help="only the rules whose name contains this")
+    parser.add_argument("--plot", type=Path, help="file for the picture")
+    parser.add_argument("--speed", action="store_true", help="measure characters per second instead")
+    parser.add_argument("--repeats", type=number(int, least=1), default=3, help="speed: measurements of each")
+    parser.add_argument("--seed", type=number(int, least=0), default=0, help="of the samples")
+    args = parser.parse_args()
+    model, _ = load_weights(args.weights)
+    train, val, _ = load_corpus(DEFAULT_DATA, model.config)
+    if args.speed:
+        speed(args, model, val)
+    else:
+        frontier(args, model, train, val)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,145 @@
+import importlib
+import io
+from dataclasses import replace
+
+import drawing
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_one_clear_line, random_model, script
+from PIL import Image
+
+life = importlib.import_module("game-of-life")
+process = importlib.import_module("diffusion-process")
+
+
+def board(*cells, side=8):
+    alive = torch.zeros(side, side, dtype=torch.bool)
+    for row, col in cells:
+        alive[row % side, col % side] = True
+    return alive
+
+
+def test_blinker_has_period_two():
+    upright, level = board((2, 3), (3, 3), (4, 3)), board((3, 2), (3, 3), (3, 4))
+    assert torch.equal(life.life_step(upright), level)
+    assert torch.equal(life.life_step(level), upright)
+
+
+def test_block_stays_and_a_lone_cell_dies():
+    block = board((0, 0), (0, 7), (7, 0), (7, 7))  # one block, across both edges
+    assert torch.equal(life.life_step(block), block)
+    assert not life.life_step(board((4, 4))).any()
+
+
+def test_glider_crosses_the_edge_and_comes_back():
+    glider = [(0, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+    alive = board(*glider)
+    for generation in range(1, 33):
+        alive = life.life_step(alive)
+        if generation % 4 == 0:  # moved one cell down and right
+            shift = generation // 4
+            assert torch.equal(alive, board(*((row + shift, col + shift) for row, col in glider)))
+    assert torch.equal(alive, board(*glider))
+
+
+def test_game_rewrites_live_cells_and_no_others():
+    model = random_model()
+    text, hidden = torch.randint(1, 128, (32, 32)), torch.rand(32, 32) < 0.3
+    states = list(life.rewrite(model, text, hidden, seed=0, temperature=1.0, calls=4))
+    assert torch.equal(states[0] == 0, hidden)
+    assert torch.equal(states[-1][~hidden], text[~hidden]) and (states[-1] != 0).all()
+    assert 4 <= len(states) - 1 <= 5
+
+
+def test_game_works_where_the_sequence_length_does_not_divide_the_board():
+    model = random_model(replace(TINY, sequence_len=48))
+    *_, text = life.rewrite(model, torch.ones(32, 32, dtype=torch.long), torch.ones(32, 32, dtype=torch.bool), 0, 1.0, 2)
+    assert (text != 0).all()
+
+
+def some_frames():
+    states = [torch.tensor([[0, 0, 0, 0]]), torch.tensor([[72, 0, 0, 10]]), torch.tensor([[72, 105, 7, 10]])]
+    return list(drawing.frames_of(states, mask_token_id=0, shape=(2, 2), title="test"))
+
+
+def test_frames_say_what_is_masked_and_what_is_fresh():
+    first, second, third = some_frames()
+    assert first.masked.all() and not first.fresh.any()
+    assert second.fresh.tolist() == [[True, False], [False, True]] and "2 masked" in second.title
+    assert third.fresh.tolist() == [[False, True], [True, False]] and "0 masked" in third.title
+    cells = list(third.cells())
+    assert cells[0] == [("H", drawing.CALM), ("i", drawing.FRESH)]
+    assert cells[1] == [("·", drawing.FRESH), ("↵", drawing.FAINT)]
+    assert list(first.cells())[0][0] == ("█", drawing.BLOCK)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_terminal_redraws_in_place_and_gives_the_cursor_back():
+    out = Terminal()
+    drawing.play_in_terminal(some_frames(), fps=1000, out=out)
+    text = out.getvalue()
+    assert text.count("\x1b[3F") == 2  # title and two rows, up again before the second and third frame
+    assert text.startswith("\x1b[?25l") and text.endswith("\x1b[?25h")
+
+
+def test_a_pipe_gets_the_last_frame_as_plain_text():
+    out = io.StringIO()
+    drawing.play_in_terminal(some_frames(), fps=1000, out=out)
+    assert out.getvalue().splitlines()[1:] == ["Hi", "·↵"]
+
+
+def test_pictures_show_blocks_for_masked_cells_and_text_for_the_rest():
+    first, _, third = (drawing.draw(frame) for frame in some_frames())
+    colours = [{colour for _, colour in picture.getcolors(100_000)} for picture in (first, third)]
+    assert drawing.BLOCK in colours[0] and drawing.FRESH not in colours[0]
+    assert drawing.BLOCK not in colours[1] and drawing.FRESH in colours[1]
+    assert first.size == third.size
+
+
+def test_gif_has_every_frame_with_its_duration(tmp_path):
+    frames = some_frames()
+    frames[-1].hold = 10
+    drawing.save(frames, tmp_path / "a.gif", fps=10)
+    with Image.open(tmp_path / "a.gif") as gif:
+        durations = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+    assert durations == [100, 100, 1000]
+
+
+def test_scripts_write_pictures_without_a_display(tiny_weights, tmp_path):
+    settings = {"DISPLAY": "", "MPLBACKEND": ""}
+    made = script("animations/diffusion-process.py", "--weights", tiny_weights, "--num-blocks", 2, "--save", tmp_path / "a.gif",
+                  cwd=tmp_path, env=settings)
+    assert made.returncode == 0, made.stderr
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames > 4
+    made = script("animations/game-of-life.py", "--weights", tiny_weights, "--generations", 2, "--calls", 2, "--save",
+                  tmp_path / "life.png", env=settings)
+    assert made.returncode == 0, made.stderr
+    assert len(list(tmp_path.glob("life-*.png"))) == 6
+
+
+def test_animations_play_in_a_pipe_and_in_a_window(tiny_weights, command):
+    assert command(process.main, "--weights", tiny_weights, "--num-blocks", 1).stdout.count("\n") == 2
+    played = command(life.main, "--weights", tiny_weights, "--generations", 1, "--window", "--fps", 50)
+    assert played.returncode == 0, played.stderr
+
+
+@pytest.mark.parametrize("name", [life, process], ids=["game-of-life", "diffusion-process"])
+@pytest.mark.parametrize("arguments, words", [
+    (["--save", "a.bmp"], ["a.bmp", ".gif"]),
+    (["--save", "/nowhere/a.gif"], ["/nowhere"]),
+    (["--save", "/proc/a.gif"], ["/proc/a.gif", "written"]),
+    (["--fps", "0"], ["'0'", "above 0"]),
+    (["--temperature", "-1"], ["-1"]),
+    (["--weights", "nowhere.pt"], ["nowhere.pt"]),
+    (["--device", "cuda:9"], ["cuda:9"]),
+])
+def test_bad_input_to_animations_is_one_line(name, arguments, words, tiny_weights, command):
+    assert_one_clear_line(command(name.main, "--weights", tiny_weights, *arguments), *words)
