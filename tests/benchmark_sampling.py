@@ -84,9 +84,10 @@ def words(text: str) -> list[str]:
 def measure(texts: list[str], contexts: list[str], judge, vocabulary, train_text) -> dict:
     """Means and standard errors over groups of 8 samples."""
     groups = []
-    for i in range(0, len(texts), GROUP):
-        part = texts[i : i + GROUP]
-        nats = [judge.nats(np.frombuffer((c + t).encode(), np.uint8), CONTEXT).mean() for c, t in zip(contexts[i:], part)]
+    for i in range(len(texts) // GROUP):
+        members = range(i, len(texts), len(texts) // GROUP)  # spread over the contexts: neighbours are alike
+        part = [texts[j] for j in members]
+        nats = [judge.nats(np.frombuffer((contexts[j] + texts[j]).encode(), np.uint8), CONTEXT).mean() for j in members]
         known = [word in vocabulary for text in part for word in words(text)]
         grams = [text[j : j + 4] for text in part for j in range(len(text) - 3)]
         groups.append((np.mean(nats), np.mean(known), len(set(grams)) / len(grams)))
