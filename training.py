@@ -51,7 +51,7 @@ from model import (
 )
 from sample import CommandLine, decode, number, pick_device, run, top_k
 
-MAY_CHANGE_ON_RESUME = {"data", "weights", "device", "compile", "resume", "eval_only", "eval_interval", "micro_batch_size"}
+MAY_CHANGE_ON_RESUME = {"compile", "eval_interval", "micro_batch_size"}
 
 
 def parse_arguments():
@@ -93,7 +93,7 @@ def parse_arguments():
     group.add_argument("--eval-interval", type=count, default=250, help="steps between evaluations and saves")
     group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     group.add_argument("--compile", action="store_true", default=None, help="use torch.compile (default: except on MPS)")
-    group.add_argument("--no-compile", action="store_false", dest="compile", help="run eagerly: no wait at the start")
+    group.add_argument("--no-compile", action="store_false", dest="compile", default=None, help="run eagerly: no wait at the start")
     group.add_argument("--resume", action="store_true", help="go on from X.state.pt, with the settings of that run")
     group.add_argument("--eval-only", action="store_true", help="print the validation NELBO of --weights and stop")
     args = parser.parse_args()
@@ -251,10 +251,11 @@ def main():
     if state:
         if "optimizers" not in state:
             raise BadInput(f"{state_path}: holds weights alone, so there is no run to resume")
-        for name in sorted(args.given - MAY_CHANGE_ON_RESUME):
-            if name in state["args"] and getattr(args, name) != state["args"][name]:
-                raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: the run to resume has {state['args'][name]}")
-        vars(args).update({name: value for name, value in state["args"].items() if name not in MAY_CHANGE_ON_RESUME})
+        for name, value in state["args"].items():
+            if name not in args.given:
+                setattr(args, name, value)
+            elif name not in MAY_CHANGE_ON_RESUME and getattr(args, name) != value:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: the run to resume has {value}")
 
     # Processes: torchrun starts several and says so in the environment
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -341,7 +342,8 @@ def main():
         save_atomically({
             "model": model.state_dict(), "config": vars(config), "meta": meta,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers], "generator": generator.get_state(),
-            "args": {name: value for name, value in vars(args).items() if isinstance(value, (int, float, type(None)))},
+            "args": {name: value for name, value in vars(args).items() if isinstance(value, (int, float, type(None)))
+                     and name not in ("resume", "eval_only")},
             "step": step, "seconds": seconds(), "best": best, "wrote": wrote,
         }, state_path)
         with open(log_path, "w", newline="") as file:

@@ -1,9 +1,12 @@
 """Small models shared by the tests."""
 
+import importlib
 import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,34 @@ def command(monkeypatch, capsys):
         return subprocess.CompletedProcess(arguments, code, out, err)
 
     return call
+
+
+# Imports torch's optimizers once, which takes seconds, and forks a child for every run after that
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["training", "torch._dynamo"])
+
+
+def _run_training(arguments, log):
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["training.py", *arguments]
+    run(importlib.import_module("training").main)
+
+
+class Training:
+    """A run of training.py with a process of its own; `output` is what it prints to both streams."""
+
+    def __init__(self, *arguments):
+        self.log = Path(tempfile.mkstemp()[1])
+        self.process = forks.Process(target=_run_training, args=([str(a) for a in arguments], str(self.log)))
+        self.process.start()
+
+    def wait(self):
+        self.process.join(60)
+        self.output = self.log.read_text()
+        return self
 
 
 def script(*arguments, cwd=None, env=None, **kwargs):
