@@ -309,7 +309,7 @@ def nelbo(model, tokens, passes=8, seed=0, windows=None):
     model.eval()
     with autocast(device):
         estimates = torch.stack([
-            sum(nelbo_samples(model, batch.to(device), generator).double().sum() * batch.size(1) for batch in batches)
+            sum(nelbo_samples(model, batch.to(device), generator).cpu().double().sum() * batch.size(1) for batch in batches)
             for _ in range(passes)
         ]) / n_characters
     model.train(was_training)

@@ -164,7 +164,7 @@ def draw_batch(train, config, args, generator):
     the objective for much less noise; tests/ABLATIONS.md has the measurement."""
     B, T, device = args.batch_size, config.sequence_len, train.device
     rand = lambda: torch.rand(B, generator=generator, device=device)
-    starts = (rand().double() * (len(train) - T + 1)).long()
+    starts = torch.randint(len(train) - T + 1, (B,), generator=generator, device=device)
     x_0 = train[starts[:, None] + torch.arange(T, device=device)]
     strata = torch.randperm(B, generator=generator, device=device)
     quantile = ((strata + rand()) / B).clamp(1e-4, 1 - 1e-4)
@@ -385,6 +385,7 @@ def main():
             values = torch.stack(losses).tolist()
             for back, value in enumerate(values):
                 if not math.isfinite(value):
+                    progress_bar.close()
                     raise BadInput(f"the loss at step {step - len(values) + back} is {value}: stopped; {state_path} holds "
                                    f"step {evaluated_at}. A lower --muon-learning-rate or --learning-rate may help")
             losses.clear()

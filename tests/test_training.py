@@ -116,7 +116,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small_corpus
     files = ["--data", small_corpus, "--weights", tmp_path / "w.pt"]
     wild = Training(*files, "--steps", 50, *TINY_RUN, "--learning-rate", "2e37", "--warmup", 0).wait()
     assert wild.process.exitcode == 2
-    assert "the loss at step" in wild.output.splitlines()[-1] and "Traceback" not in wild.output
+    last_line = wild.output.splitlines()[-1]
+    assert last_line.startswith("error: the loss at step") and "Traceback" not in wild.output
 
 
 def test_max_minutes_follows_the_clock(small_corpus, tmp_path):

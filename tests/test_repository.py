@@ -1,0 +1,48 @@
+"""What a fresh clone holds: the shipped weights are what their meta and the README say they are."""
+
+import math
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from model import DEFAULT_DATA, DEFAULT_WEIGHTS, DiffusionConfig, load_corpus, load_weights, nelbo
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_weights(DEFAULT_WEIGHTS)
+
+
+def test_shipped_weights_are_the_default_model_and_say_how_they_came_about(shipped):
+    model, meta = shipped
+    assert model.config == DiffusionConfig()
+    assert DEFAULT_WEIGHTS.stat().st_size <= 45e6
+    assert meta["corpus_sha256"] == load_corpus(DEFAULT_DATA, model.config)[2]
+    for name in ("step", "characters_seen", "val_nelbo", "val_nelbo_error", "seed", "hardware", "command"):
+        assert meta[name] is not None
+    assert meta["val_nelbo"] <= 1.85 and meta["val_nelbo_error"] <= 0.01
+
+
+def test_shipped_weights_score_what_their_meta_says(shipped):
+    model, meta = shipped
+    _, val, _ = load_corpus(DEFAULT_DATA, model.config)
+    mean, _ = nelbo(model, val, passes=2, windows=64)
+    # 128 window estimates scatter by about 0.35 each, so 0.03 together; windows differ among themselves too
+    assert abs(mean - meta["val_nelbo"]) < 0.15
+
+
+def test_readme_reports_the_figure_in_the_weights(shipped):
+    _, meta = shipped
+    readme = (ROOT / "README.md").read_text()
+    assert f"{meta['val_nelbo']:.4f}" in readme
+    assert f"{meta['val_nelbo'] / math.log(2):.4f}" in readme
+
+
+def test_top_level_holds_what_it_should_and_nothing_else():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in listed.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} == {
+        "model.py", "training.py", "sample.py", "data", "weights", "animations", "pyproject.toml", "uv.lock", "README.md", "tests"}
