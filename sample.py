@@ -6,6 +6,7 @@
 """
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -131,21 +132,22 @@ def decode(
     seed     an int, from which row r gets seed + r, or a seed per row (B,)
     leftmost only so many leftmost masked positions of a row are eligible
     """
-    mask_token_id = model.config.mask_token_id
-    rows = torch.arange(x.size(0), device=x.device)
-    seeds = seed + rows if isinstance(seed, int) else seed
-    fate = uniform(seeds, x.size(1), stream=0)
-    step = 0
+    mask_token_id, T = model.config.mask_token_id, x.size(1)
+    seeds = seed + torch.arange(x.size(0), device=x.device) if isinstance(seed, int) else seed
     yield x
-    while (masked := x == mask_token_id).any():
-        step += 1
+    for step in itertools.count(1):
+        live = (x == mask_token_id).any(1).nonzero().squeeze(1)               # (B',) rows not finished
+        if not len(live):
+            return
+        masked = x[live] == mask_token_id                                     # (B', T)
         with autocast(x.device):
-            logits = model(x, noise_index(masked, model.config.diffusion_steps))  # (B, T, V)
+            logits = model(x[live], noise_index(masked, model.config.diffusion_steps))  # (B', T, V)
         log_p = log_probs(logits, mask_token_id)
-        chosen = draw(log_p, temperature, uniform(seeds, x.size(1), stream=2 * step))
+        chosen = draw(log_p, temperature, uniform(seeds[live], T, stream=2 * step))
         eligible = masked if leftmost is None else masked & (masked.cumsum(1) <= leftmost)
-        proposal = Proposal(log_p, chosen, eligible, uniform(seeds, x.size(1), stream=2 * step + 1), fate)
-        x = torch.where(rule(proposal) & eligible, chosen, x)
+        noise, fate = uniform(seeds[live], T, stream=2 * step + 1), uniform(seeds[live], T, stream=0)
+        reveal = rule(Proposal(log_p, chosen, eligible, noise, fate)) & eligible
+        x = x.index_copy(0, live, torch.where(reveal, chosen, x[live]))
         yield x
 
 
@@ -170,7 +172,7 @@ def last(states: Iterator[torch.Tensor], count: Callable[[], None] = lambda: Non
 def generate(
     model: DiffusionTransformer,
     prompt: str = "",
-    num_blocks: int = 1,
+    num_blocks: int | None = None,
     num_samples: int = 1,
     block_len: int | None = None,
     context_len: int | None = None,
@@ -180,13 +182,15 @@ def generate(
     seed: int = 0,
     count: Callable[[], None] = lambda: None,
 ) -> Iterator[list[str]]:
-    """Continues `prompt`. Yields, block after block, the new text of each of num_samples samples.
+    """Continues `prompt`. Yields, block after block (by default 30 sequence lengths in all), the new text
+    of each of num_samples samples.
 
     A block is block_len new characters, decoded after the last context_len characters of what is there
     and with nothing to its right. Sample i is the same whatever num_samples is. Raises BadInput for a
     prompt with characters outside the vocabulary, and where context and block exceed sequence_len."""
     config, device = model.config, next(model.parameters()).device
     block_len = block_len or min(DEFAULT_BLOCK_LEN, config.sequence_len // 2)
+    num_blocks = num_blocks or 30 * config.sequence_len // block_len
     context_len = min(DEFAULT_CONTEXT_LEN, config.sequence_len - block_len) if context_len is None else context_len
     if context_len + block_len > config.sequence_len:
         raise BadInput(f"context {context_len} and block {block_len} exceed the model's {config.sequence_len} characters")
@@ -325,7 +329,7 @@ def parse_arguments():
     group.add_argument("--prompt", default="", help="text to continue")
     group.add_argument("--prompt-file", type=Path, help="file whose text is the prompt")
     group.add_argument("--infill", metavar="TEXT", help="fill every underscore of TEXT, or of stdin where TEXT is -")
-    group.add_argument("--num-blocks", type=count, default=30, help="blocks to write")
+    group.add_argument("--num-blocks", type=count, help="blocks to write (default: 30 sequence lengths of text)")
     group.add_argument("--num-samples", type=count, default=1, help="texts to write, all in one batch")
     group.add_argument("--block-len", type=count, help=f"characters per block (default: {DEFAULT_BLOCK_LEN}, "
                        "or half the model's sequence length where that is less)")

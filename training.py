@@ -161,7 +161,7 @@ def draw_batch(train, config, args, generator):
     The loss is a weighted mean of the sequences' `masked_nll`. Equal weights would be the bound itself
     (RADD, arXiv 2406.03736), whose gradient is noisy: a sequence with one masked character counts as
     much as one with 256. Weights proportional to the square root of the masked count trade a little of
-    the objective for much less noise; tests/ABLATIONS.md has the measurement."""
+    the objective for much less noise, and end at a lower bound after the same number of characters."""
     B, T, device = args.batch_size, config.sequence_len, train.device
     rand = lambda: torch.rand(B, generator=generator, device=device)
     starts = torch.randint(len(train) - T + 1, (B,), generator=generator, device=device)
