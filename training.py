@@ -7,8 +7,8 @@
     uv run training.py --eval-only                                   # measure the weights that are there
 
 Beside the weights, X.pt, a run keeps X.state.pt, from which --resume goes on (sample.py reads it too),
-and X.csv, the log. X.pt is written whenever the validation NELBO is lower than every one before,
-including that of the X.pt that the run found: only better weights ever replace it.
+and its log, X.state.csv. X.pt, and X.csv with it, is written whenever the validation NELBO is lower than
+every one before, including that of the X.pt that the run found: only better weights ever replace it.
 """
 
 import csv
@@ -246,7 +246,7 @@ def main():
     args = parse_arguments()
     if args.eval_only:
         return evaluate_only(args)
-    state_path, log_path = args.weights.with_suffix(".state.pt"), args.weights.with_suffix(".csv")
+    state_path, log_path = args.weights.with_suffix(".state.pt"), args.weights.with_suffix(".state.csv")
     state = read_checkpoint(state_path) if args.resume else None
     if state:
         if "optimizers" not in state:
@@ -294,6 +294,8 @@ def main():
     if state:
         if state["meta"]["corpus_sha256"] != corpus_sha256:
             raise BadInput(f"--data {args.data}: the run to resume learned another text")
+        if state["device"] != device.type:
+            raise BadInput(f"--device {device.type}: the run to resume draws its batches on {state['device']}")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
@@ -306,8 +308,8 @@ def main():
             print(f"{args.weights} has a validation NELBO of {best:.3f}: only lower ones will replace it", file=sys.stderr)
 
     stop_signal = []
-    for number_ in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_, lambda signum, frame: stop_signal.append(signum))
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda received, frame: stop_signal.append(received))
     started = time.monotonic()
     seconds = lambda: seconds_before + time.monotonic() - started
 
@@ -341,15 +343,16 @@ def main():
             save_weights(model, meta, args.weights)
         save_atomically({
             "model": model.state_dict(), "config": vars(config), "meta": meta,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "generator": generator.get_state(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "generator": generator.get_state(), "device": device.type,
             "args": {name: value for name, value in vars(args).items() if isinstance(value, (int, float, type(None)))
                      and name not in ("resume", "eval_only")},
             "step": step, "seconds": seconds(), "best": best, "wrote": wrote,
         }, state_path)
-        with open(log_path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows_log[-1])
-            writer.writeheader()
-            writer.writerows(rows_log)
+        for path in [log_path, args.weights.with_suffix(".csv")] if wrote else [log_path]:
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, rows_log[-1])
+                writer.writeheader()
+                writer.writerows(rows_log)
         blank = torch.full((1, config.sequence_len), config.mask_token_id, device=device)
         *_, written = decode(model, blank, lambda p: top_k(p, 2), temperature=0.8, seed=args.seed)
         tqdm.write(f"\nstep {step}, {seconds() / 60:.1f} min: NELBO train {train_nelbo:.4f}, "
@@ -391,7 +394,7 @@ def main():
             losses.clear()
             rate = (step - pace[1]) * args.batch_size * config.sequence_len / (time.monotonic() - pace[0])
             left = seconds() * (1 - progress) / progress / 60 if progress else math.nan
-            progress_bar.set_postfix_str(f"loss {values[-1]:.3f}, lr x {factor:.2f}, {rate:,.0f} chars/s, {left:.1f} min left")
+            progress_bar.set_postfix_str(f"loss {values[-1]:.3f}, lr {peaks[0] * factor:.4f}, {rate:,.0f} chars/s, {left:.1f} min left")
         if evaluate and step > evaluated_at:
             if leader:
                 checkpoint()
@@ -425,7 +428,8 @@ def main():
 
     progress_bar.close()
     if leader and stopping and not finished:
-        print(f"stopped after step {step}; go on with: uv run training.py --weights {args.weights} --resume", file=sys.stderr)
+        again = [word for word in sys.argv[1:] if word != "--resume"] + ["--resume"]
+        print(f"stopped after step {step}; go on with: {shlex.join(['uv', 'run', 'training.py', *again])}", file=sys.stderr)
     elif leader and wrote:
         best_model, meta = load_weights(args.weights, device)
         meta["val_nelbo"], meta["val_nelbo_error"] = nelbo(best_model, val)
