@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -151,68 +152,93 @@ def decode(
         yield x
 
 
-# What tests/benchmark_sampling.py found best on the shipped weights
-DEFAULT_RULE = partial(entropy_bound, gamma=0.5)
-DEFAULT_TEMPERATURE = 0.7
-DEFAULT_BLOCK_LEN = 32
-DEFAULT_CONTEXT_LEN = 64
-
 # ----------------------------------------------------------------------------------------------------
 # Whole texts
 
 
-def last(states: Iterator[torch.Tensor], count: Callable[[], None] = lambda: None) -> torch.Tensor:
-    """The result of a decoding; `count` is called once for every network call."""
-    x = next(states)
-    for x in states:
-        count()
-    return x
+@dataclass
+class Decoding:
+    """How text is made; the defaults are what tests/benchmark_sampling.py found best on the shipped weights."""
+
+    rule: Rule = partial(top_k, k=8)
+    temperature: float = 0.6
+    leftmost: int | None = None
+    sweeps: int = 2                 # how often every new character is reconsidered
+    stride: int = 4                 # one character in so many is reconsidered at a time
+    block_len: int | None = None    # new characters at a time; None is 32, or less for a short model
+    context_len: int | None = None  # characters before them that they are conditioned on; None is 32 likewise
+
+
+def complete(model, x, decoding, seeds, region=None) -> Iterator[torch.Tensor]:
+    """Decodes x (B, T) and then corrects it; yields every state, the last is the result.
+
+    Characters revealed in the same call do not know of each other. So afterwards every stride-th
+    character of `region` (B, T), by default of what was masked, is masked again and drawn anew given all
+    the others, and so on in turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that
+    takes back each character equally often."""
+    region = x == model.config.mask_token_id if region is None else region
+    turn = region.cumsum(1) % decoding.stride
+    for x in decode(model, x, decoding.rule, decoding.temperature, seeds, decoding.leftmost):
+        yield x
+    for phase in range(decoding.sweeps * decoding.stride):
+        again = region & (turn == phase % decoding.stride)
+        remasked = x.masked_fill(again, model.config.mask_token_id)
+        everything = lambda proposal: proposal.eligible
+        for x in decode(model, remasked, everything, decoding.temperature, seeds + (phase + 1 << 32)):
+            yield x
+
+
+def continue_ids(model, x, num_blocks, decoding, seed=0) -> Iterator[torch.Tensor]:
+    """Continues the ids x (B, T), which may be empty, by num_blocks blocks; yields new ids (B, n) as soon
+    as they are settled. Row r depends on its own ids and on seed + r alone.
+
+    A block is decoded with nothing to its right, so its last quarter is uncertain: the corrector of the
+    next block may still rewrite it, and it is held back until then."""
+    length, device = model.config.sequence_len, x.device
+    block_len = decoding.block_len or min(32, length // 2)
+    context_len = min(32, length - block_len) if decoding.context_len is None else decoding.context_len
+    if context_len + block_len > length:
+        raise BadInput(f"context {context_len} and block {block_len} exceed the model's {length} characters")
+    held = min(block_len // 4, context_len) if decoding.sweeps else 0
+    seeds = seed + torch.arange(x.size(0), device=device)
+    blank = torch.full((x.size(0), block_len), model.config.mask_token_id, device=device)
+    settled = x.size(1)
+    for block in range(num_blocks):
+        context = x[:, max(0, x.size(1) - context_len) :]
+        window = torch.cat([context, blank], 1)
+        open_from = settled - (x.size(1) - context.size(1))     # where in the window the unsettled part begins
+        region = (torch.arange(window.size(1), device=device) >= open_from).expand_as(window)
+        *_, done = complete(model, window, decoding, seeds + (block << 40), region)
+        x = torch.cat([x[:, : x.size(1) - context.size(1)], done], 1)
+        until = x.size(1) - (held if block < num_blocks - 1 else 0)
+        yield x[:, settled:until]
+        settled = until
 
 
 def generate(
     model: DiffusionTransformer,
     prompt: str = "",
-    num_blocks: int | None = None,
+    num_blocks: int = 8,
     num_samples: int = 1,
-    block_len: int | None = None,
-    context_len: int | None = None,
-    rule: Rule | None = None,
-    temperature: float = DEFAULT_TEMPERATURE,
-    leftmost: int | None = None,
+    decoding: Decoding = Decoding(),
     seed: int = 0,
-    count: Callable[[], None] = lambda: None,
 ) -> Iterator[list[str]]:
-    """Continues `prompt`. Yields, block after block (by default 30 sequence lengths in all), the new text
-    of each of num_samples samples.
+    """Continues `prompt`; yields, block after block, the new text of each of num_samples samples.
 
-    A block is block_len new characters, decoded after the last context_len characters of what is there
-    and with nothing to its right. Sample i is the same whatever num_samples is. Raises BadInput for a
-    prompt with characters outside the vocabulary, and where context and block exceed sequence_len."""
+    Sample i is the same whatever num_samples is. Raises BadInput for a prompt with characters outside the
+    vocabulary, and where context and block exceed sequence_len."""
     config, device = model.config, next(model.parameters()).device
-    block_len = block_len or min(DEFAULT_BLOCK_LEN, config.sequence_len // 2)
-    num_blocks = num_blocks or 30 * config.sequence_len // block_len
-    context_len = min(DEFAULT_CONTEXT_LEN, config.sequence_len - block_len) if context_len is None else context_len
-    if context_len + block_len > config.sequence_len:
-        raise BadInput(f"context {context_len} and block {block_len} exceed the model's {config.sequence_len} characters")
-    text = encode_text(prompt, config.vocab_size, config.mask_token_id).to(device).expand(num_samples, -1)
-    seeds = seed + torch.arange(num_samples, device=device)
-    blank = torch.full((num_samples, block_len), config.mask_token_id, device=device)
-    for block in range(num_blocks):
-        text = text[:, max(0, text.size(1) - context_len) :]
-        states = decode(model, torch.cat([text, blank], 1), rule or DEFAULT_RULE, temperature, seeds + (block << 32), leftmost)
-        result = last(states, count)
-        yield [decode_tokens(row) for row in result[:, text.size(1) :]]
-        text = result
+    ids = encode_text(prompt, config.vocab_size, config.mask_token_id).to(device)
+    for new in continue_ids(model, ids.expand(num_samples, -1), num_blocks, decoding, seed):
+        yield [decode_tokens(row) for row in new]
 
 
 def infill(
     model: DiffusionTransformer,
     text: str,
     num_samples: int = 1,
-    rule: Rule | None = None,
-    temperature: float = DEFAULT_TEMPERATURE,
+    decoding: Decoding = Decoding(),
     seed: int = 0,
-    count: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """`text` with every underscore replaced by the model, once for each of num_samples samples;
     everything else stays as it is. Raises BadInput for characters outside the vocabulary.
@@ -234,8 +260,8 @@ def infill(
         start = max(0, min(gap - length // 4, x.size(1) - length))
         stop = min(start + length, x.size(1))
         done = stop if stop == x.size(1) else stop - length // 4
-        states = decode(model, x[:, start:stop], rule or DEFAULT_RULE, temperature, seeds + (gap << 32))
-        x[:, start:done] = last(states, count)[:, : done - start]
+        *_, filled = complete(model, x[:, start:stop], decoding, seeds + (gap << 40))
+        x[:, start:done] = filled[:, : done - start]
     return [decode_tokens(row) for row in x]
 
 
@@ -300,26 +326,33 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def add_rule_arguments(parser: CommandLine) -> None:
+def add_decoding_arguments(parser: CommandLine) -> None:
+    count, best = number(int, least=1), Decoding()
     group = parser.add_argument_group("decoding")
-    group.add_argument("--method", choices=["entropy", "threshold", "top-k", "ancestral"], default="entropy",
-                       help="which characters a step reveals: as many as an entropy bound allows, those above a "
-                       "confidence, the k surest, or the exact reverse diffusion")
-    group.add_argument("--gamma", type=number(float, least=0), default=0.5, help="entropy: nats that a step may risk")
-    group.add_argument("--threshold", type=number(float, above=0, most=1), default=0.9, help="threshold: least probability")
-    group.add_argument("--k", type=number(int, least=1), default=1, help="top-k: characters a step")
+    group.add_argument("--method", choices=["top-k", "threshold", "entropy", "ancestral"], default="top-k",
+                       help="which characters a step reveals: the k surest, those above a confidence, as many as an "
+                       "entropy bound allows, or the exact reverse diffusion")
+    group.add_argument("--k", type=count, default=8, help="top-k: characters a step")
     group.add_argument("--noise", type=number(float, least=0), default=0.0, help="top-k: Gumbel noise on the log-confidence")
-    group.add_argument("--steps", type=number(int, least=1), default=128, help="ancestral: levels of the reverse process")
-    group.add_argument("--leftmost", type=number(int, least=1), help="reveal only within so many leftmost masked characters")
+    group.add_argument("--threshold", type=number(float, above=0, most=1), default=0.9, help="threshold: least probability")
+    group.add_argument("--gamma", type=number(float, least=0), default=0.5, help="entropy: nats that a step may risk")
+    group.add_argument("--steps", type=count, default=128, help="ancestral: levels of the reverse process")
+    group.add_argument("--temperature", type=number(float, least=0), default=best.temperature, help="0 always takes the "
+                       "likeliest character")
+    group.add_argument("--leftmost", type=count, help="reveal only within so many leftmost masked characters")
+    group.add_argument("--sweeps", type=number(int, least=0), default=best.sweeps, help="how often every new character is "
+                       "masked again and reconsidered")
+    group.add_argument("--stride", type=count, default=best.stride, help="one character in so many is reconsidered at a time")
 
 
-def pick_rule(args) -> Rule:
-    return {
-        "entropy": partial(entropy_bound, gamma=args.gamma),
-        "threshold": partial(threshold, tau=args.threshold),
+def pick_decoding(args, block_len: int | None = None, context_len: int | None = None) -> Decoding:
+    rule = {
         "top-k": partial(top_k, k=args.k, noise=args.noise),
+        "threshold": partial(threshold, tau=args.threshold),
+        "entropy": partial(entropy_bound, gamma=args.gamma),
         "ancestral": partial(ancestral, steps=args.steps),
     }[args.method]
+    return Decoding(rule, args.temperature, args.leftmost, args.sweeps, args.stride, block_len, context_len)
 
 
 def parse_arguments():
@@ -331,17 +364,15 @@ def parse_arguments():
     group.add_argument("--infill", metavar="TEXT", help="fill every underscore of TEXT, or of stdin where TEXT is -")
     group.add_argument("--num-blocks", type=count, help="blocks to write (default: 30 sequence lengths of text)")
     group.add_argument("--num-samples", type=count, default=1, help="texts to write, all in one batch")
-    group.add_argument("--block-len", type=count, help=f"characters per block (default: {DEFAULT_BLOCK_LEN}, "
-                       "or half the model's sequence length where that is less)")
+    group.add_argument("--block-len", type=count, help="characters per block (default: 32, or half the model's sequence "
+                       "length where that is less)")
     group.add_argument("--context-len", type=number(int, least=0), help="characters before a block that it is "
-                       f"conditioned on (default: {DEFAULT_CONTEXT_LEN}, or what fits)")
+                       "conditioned on (default: 32, or what fits)")
+    add_decoding_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to load")
     group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    group.add_argument("--temperature", type=number(float, least=0), default=DEFAULT_TEMPERATURE, help="0 always takes "
-                       "the likeliest character")
     group.add_argument("--seed", type=number(int, least=0, most=2**31), default=1337, help="of everything that is drawn")
-    add_rule_arguments(parser)
     args = parser.parse_args()
     try:
         if args.prompt_file:
@@ -356,25 +387,27 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     model, _ = load_weights(args.weights, pick_device(args.device))
-    calls = tqdm(unit=" calls", desc="network", disable=None, leave=False)  # None: silent unless stderr is a terminal
+    decoding = pick_decoding(args, args.block_len, args.context_len)
+    bar = tqdm(unit=" calls", desc="network", disable=None, leave=False)  # None: silent unless stderr is a terminal
     n_calls = 0
 
-    def count():
+    def count(*_):
         nonlocal n_calls
         n_calls += 1
-        calls.update()
+        bar.update()
 
-    shared = dict(num_samples=args.num_samples, rule=pick_rule(args), temperature=args.temperature, seed=args.seed, count=count)
+    model.register_forward_hook(count)
     started, written = time.monotonic(), 0
     if args.infill is not None:
-        texts = infill(model, args.infill, **shared)
+        texts = infill(model, args.infill, args.num_samples, decoding, args.seed)
         written = args.infill.count("_") * args.num_samples
         print(texts[0])
     else:
+        length = model.config.sequence_len
+        num_blocks = args.num_blocks or 30 * length // (args.block_len or min(32, length // 2))
         texts = [args.prompt] * args.num_samples
-        for block in generate(model, args.prompt, args.num_blocks, block_len=args.block_len,
-                              context_len=args.context_len, leftmost=args.leftmost, **shared):
-            calls.clear()
+        for block in generate(model, args.prompt, num_blocks, args.num_samples, decoding, args.seed):
+            bar.clear()
             print((args.prompt if written == 0 else "") + block[0], end="", flush=True)  # the others follow when this one is whole
             texts = [text + new for text, new in zip(texts, block)]
             written += sum(map(len, block))
@@ -382,7 +415,7 @@ def main():
     for i, text in enumerate(texts[1:], start=2):
         print(f"\n----- sample {i} -----\n{text}")
     seconds = time.monotonic() - started
-    calls.close()
+    bar.close()
     print(f"{written} characters in {seconds:.1f} s: {written / seconds:.0f} characters per second, "
           f"{n_calls} network calls", file=sys.stderr)
 

@@ -9,19 +9,19 @@ from dataclasses import replace
 
 import torch
 
-from drawing import Frame, add_arguments, frames_of, show
+from drawing import add_arguments, frames_of, show
 from model import load_weights
-from sample import CommandLine, decode, add_rule_arguments, number, pick_device, pick_rule, run
+from sample import CommandLine, add_decoding_arguments, complete, number, pick_decoding, pick_device, run
 
 
-def frames(model, device, rule, args):
+def frames(model, device, decoding, args):
     """Each block is decoded after the last context_len characters of the one before."""
     config = model.config
     cols = 64 if config.sequence_len % 64 == 0 else config.sequence_len
     shape = (config.sequence_len // cols, cols)
     x = torch.full((1, config.sequence_len), config.mask_token_id, device=device)
     for block in range(args.num_blocks):
-        states = decode(model, x, rule, args.temperature, args.seed + block, args.leftmost)
+        states = complete(model, x, decoding, torch.tensor([args.seed + block], device=device))
         frame = None
         for frame in frames_of(states, config.mask_token_id, shape, f"block {block + 1} of {args.num_blocks}"):
             yield frame
@@ -35,11 +35,11 @@ def main():
     parser = CommandLine(__doc__)
     add_arguments(parser, fps=12)
     parser.add_argument("--num-blocks", type=number(int, least=1), default=3, help="blocks of text to write")
-    add_rule_arguments(parser)
+    add_decoding_arguments(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     model, _ = load_weights(args.weights, device)
-    show(frames(model, device, pick_rule(args), args), args)
+    show(frames(model, device, pick_decoding(args), args), args)
 
 
 if __name__ == "__main__":

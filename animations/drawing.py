@@ -65,7 +65,6 @@ def add_arguments(parser: CommandLine, fps: int) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to load")
     group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    group.add_argument("--temperature", type=number(float, least=0), default=0.8, help="0 always takes the likeliest character")
     group.add_argument("--seed", type=number(int, least=0), default=1337, help="of everything that is drawn")
     group = parser.add_argument_group("picture")
     group.add_argument("--window", action="store_true", help="play in a matplotlib window instead of the terminal")

@@ -53,6 +53,7 @@ def main():
     add_arguments(parser, fps=8)
     parser.add_argument("--generations", type=number(int, least=1), default=60, help="how long to play")
     parser.add_argument("--density", type=number(float, least=0, most=1), default=0.2, help="share of cells alive at the start")
+    parser.add_argument("--temperature", type=number(float, least=0), default=0.6, help="0 always takes the likeliest character")
     parser.add_argument("--calls", type=number(int, least=1), default=4, help="network calls a generation")
     args = parser.parse_args()
     device = pick_device(args.device)

@@ -21,6 +21,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +29,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import DEFAULT_DATA, DEFAULT_WEIGHTS, decode_tokens, load_corpus, load_weights  # noqa: E402
+from model import DEFAULT_DATA, DEFAULT_WEIGHTS, decode_tokens, encode_text, load_corpus, load_weights  # noqa: E402
 from sample import (  # noqa: E402
-    CommandLine, ancestral, decode, entropy_bound, generate, last, number, run, threshold, top_k,
+    CommandLine, Decoding, ancestral, continue_ids, entropy_bound, generate, number, run, threshold, top_k,
 )
 
 CONTEXT, LENGTH, GROUP = 16, 240, 8
@@ -101,31 +102,32 @@ def row(name, calls, m):
     return f"| {name} | {calls} |{cells} {m['copy']} |"
 
 
-def write(model, contexts, rule, temperature, leftmost, block_len, context_len, seed):
-    """The texts that `generate` makes of all contexts in one batch, and the network calls it took."""
+def write(model, contexts, decoding, seed):
+    """The texts that continue all contexts in one batch, and the network calls it took."""
     calls = 0
-    prompts = torch.stack([torch.tensor(list(c.encode())) for c in contexts])
-    blank = torch.full((len(contexts), block_len), model.config.mask_token_id)
-    text, seeds = prompts, seed + torch.arange(len(contexts))
-    for block in range(-(-LENGTH // block_len)):
-        x = torch.cat([text[:, -context_len:], blank], 1)
-        states = list(decode(model, x, rule, temperature, seeds + (block << 32), leftmost))
-        calls += len(states) - 1
-        text = torch.cat([text, states[-1][:, -block_len:]], 1)
-    return [decode_tokens(t[CONTEXT : CONTEXT + LENGTH]) for t in text], calls
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    hook = model.register_forward_hook(count)
+    prompts = torch.stack([encode_text(context) for context in contexts])
+    parts = list(continue_ids(model, prompts, -(-LENGTH // decoding.block_len), decoding, seed))
+    hook.remove()
+    return [decode_tokens(row[:LENGTH]) for row in torch.cat(parts, 1)], calls
 
 
 def frontier_points():
-    """(family, name, rule, leftmost, block_len, context_len); short blocks see their own past and no empty future."""
-    yield "threshold", "threshold 0.9, window of 256", partial(threshold, tau=0.9), None, 240, 16
-    yield "top-k", "top-k 4, window of 256", partial(top_k, k=4), None, 240, 16
-    yield "top-k noise", "top-k 1 + Gumbel, leftmost 8, window of 256", partial(top_k, k=1, noise=1.0), 8, 240, 16
-    yield "ancestral", "ancestral, 128 levels, window of 256", partial(ancestral, steps=128), None, 240, 16
-    for block, context in ((16, 48), (24, 72)):
-        yield f"threshold {block}", f"threshold 0.9, blocks of {block} after {context}", partial(threshold, tau=0.9), None, block, context
-        for gamma in (0.1, 0.5):
-            yield f"entropy {block}", f"entropy {gamma}, blocks of {block} after {context}", partial(entropy_bound, gamma=gamma), None, block, context
-        yield f"top-k {block}", f"top-k 2, blocks of {block} after {context}", partial(top_k, k=2), None, block, context
+    """(family, name, decoding without temperature)."""
+    whole, short = dict(block_len=240, context_len=16), dict(block_len=32, context_len=32)
+    yield "threshold, whole window", "threshold 0.9, whole window", Decoding(partial(threshold, tau=0.9), sweeps=0, **whole)
+    yield "ancestral, whole window", "ancestral 128, whole window", Decoding(partial(ancestral, steps=128), sweeps=0, **whole)
+    yield "threshold", "threshold 0.9", Decoding(partial(threshold, tau=0.9), sweeps=0, **short)
+    yield "entropy", "entropy 0.5", Decoding(partial(entropy_bound, gamma=0.5), sweeps=0, **short)
+    yield "top-k", "top-k 2", Decoding(partial(top_k, k=2), sweeps=0, **short)
+    yield "top-k, noise", "top-k 2 with Gumbel noise, leftmost 8", Decoding(partial(top_k, k=2, noise=1.0), leftmost=8, sweeps=0, **short)
+    for k, sweeps in ((8, 1), (8, 2), (8, 3), (4, 1)):
+        yield f"top-k {k} + {sweeps} sweeps", f"top-k {k}, {sweeps} sweeps of 4", Decoding(partial(top_k, k=k), sweeps=sweeps, **short)
 
 
 def frontier(args, model, train, val):
@@ -139,11 +141,11 @@ def frontier(args, model, train, val):
     held_out = measure(references, contexts, judge, vocabulary, train_text)
     print(row("held-out Shakespeare", "", held_out), flush=True)
     points = []
-    for family, name, rule, leftmost, block_len, context_len in frontier_points():
+    for family, name, decoding in frontier_points():
         if args.only and args.only not in name:
             continue
         for temperature in args.temperatures:
-            texts, calls = write(model, contexts, rule, temperature, leftmost, block_len, context_len, args.seed)
+            texts, calls = write(model, contexts, replace(decoding, temperature=temperature), args.seed)
             result = measure(texts, contexts, judge, vocabulary, train_text)
             points.append((family, calls / LENGTH, result))
             print(row(f"{name}, T {temperature:g}", calls, result), flush=True)
@@ -195,7 +197,7 @@ def speed(args, model, val):
             if name == "plain loop":
                 plain_loop(model, context)
             else:
-                made = sum(len(text) for texts in generate(model, context, num_blocks=15, num_samples=n, seed=i) for text in texts)
+                made = sum(len(text) for texts in generate(model, context, num_samples=n, seed=i) for text in texts)
             rates[name].append(made / (time.perf_counter() - started))
     for name, values in rates.items():
         ratio = np.median(np.array(values) / np.array(rates["plain loop"]))
@@ -206,7 +208,7 @@ def main():
     parser = CommandLine(__doc__)
     parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to judge")
     parser.add_argument("--num-samples", type=number(int, least=16), default=64, help="samples a point, in groups of 8")
-    parser.add_argument("--temperatures", type=number(float, least=0), nargs="+", default=[0.5, 0.7, 0.9], help="points of each curve")
+    parser.add_argument("--temperatures", type=number(float, least=0), nargs="+", default=[0.4, 0.6, 0.8], help="points of each curve")
     parser.add_argument("--only", help="only the rules whose name contains this")
     parser.add_argument("--plot", type=Path, help="file for the picture")
     parser.add_argument("--speed", action="store_true", help="measure characters per second instead")

@@ -8,21 +8,22 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TableModel, assert_one_clear_line, random_model, script
+from conftest import ROOT, TableModel, assert_one_clear_line, last, random_model, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample
 from model import BadInput, DiffusionConfig
 from sample import (
+    Decoding,
     Proposal,
     ancestral,
+    complete,
     decode,
     draw,
     entropy_bound,
     generate,
     infill,
-    last,
     threshold,
     top_k,
     uniform,
@@ -186,26 +187,68 @@ def test_leftmost_confines_each_step():
 # ---- whole texts
 
 
+def test_correcting_rewrites_each_open_character_once_a_sweep_and_no_other():
+    model, x = random_model(), partly_masked(3, 32, 0.5, seed=4)
+    open_to_change = x == 0
+    states = list(complete(model, x, Decoding(sweeps=3, stride=4), torch.arange(3)))
+    remasked = [(after == 0) & (before != 0) for before, after in itertools.pairwise(states)]
+    assert (sum(r.int() for r in remasked) == 3 * open_to_change).all()
+    assert (states[-1] != 0).all() and torch.equal(states[-1][~open_to_change], x[~open_to_change])
+
+
+@torch.no_grad()
+def test_correcting_at_temperature_one_leaves_the_models_own_distribution_alone():
+    """Resampling from exact conditionals, one position at a time, turns independent draws into the joint."""
+    config = DiffusionConfig(sequence_len=2, vocab_size=3, diffusion_steps=4, context_len=0)
+    joint = torch.tensor([[0.4, 0.1], [0.2, 0.3]])  # p(x_0, x_1) over the characters 1 and 2
+
+    class Exact(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = config
+
+        def forward(self, x_t, t):
+            p = torch.full((len(x_t), 2, 3), 1e-9)
+            for i, table in ((0, joint), (1, joint.T)):
+                other = x_t[:, 1 - i]
+                p[:, i, 1:] = torch.where((other == 0)[:, None], table.sum(1), table[:, (other - 1).clamp(min=0)].T)
+            return p.log()
+
+    n = 20_000
+    x = last(complete(Exact(), torch.zeros(n, 2, dtype=torch.long), Decoding(partial(top_k, k=2), 1.0, sweeps=8, stride=2), torch.arange(n)))
+    counts = torch.zeros(2, 2).index_put((x[:, 0] - 1, x[:, 1] - 1), torch.ones(n), accumulate=True)
+    assert ((counts - n * joint) ** 2 / (n * joint)).sum() < 3 + 4 * math.sqrt(6)
+
+
+SHORT = dict(block_len=8, context_len=8)
+
+
 def test_generated_blocks_continue_one_another():
     model = random_model()
-    blocks = [text for (text,) in generate(model, "To be", num_blocks=4, block_len=8, context_len=10, seed=1)]
+    blocks = [text for (text,) in generate(model, "To be", 4, decoding=Decoding(**SHORT), seed=1)]
+    assert [len(text) for text in blocks] == [6, 8, 8, 10]  # two characters are held back for correction
+    blocks = [text for (text,) in generate(model, "To be", 4, decoding=Decoding(sweeps=0, **SHORT), seed=1)]
     assert [len(text) for text in blocks] == [8, 8, 8, 8]
-    again = [text for (text,) in generate(model, "xyz To be", num_blocks=4, block_len=8, context_len=5, seed=1)]
-    short = [text for (text,) in generate(model, "To be", num_blocks=4, block_len=8, context_len=5, seed=1)]
-    assert again == short  # only the end of the prompt conditions
+
+
+def test_only_the_end_of_a_prompt_conditions():
+    texts = []
+    for prompt in ("And so To be", "xyz To be"):
+        parts = generate(random_model(), prompt, 3, decoding=Decoding(block_len=8, context_len=5), seed=1)
+        texts.append("".join(part for (part,) in parts))
+    assert texts[0] == texts[1]
 
 
 def test_samples_are_the_same_alone_and_in_a_batch():
-    model = random_model()
-    settings = dict(num_blocks=2, block_len=8, context_len=8)
-    batch = ["".join(parts) for parts in zip(*generate(model, "A", num_samples=8, seed=10, **settings))]
+    model, decoding = random_model(), Decoding(**SHORT)
+    batch = ["".join(parts) for parts in zip(*generate(model, "A", 2, num_samples=8, decoding=decoding, seed=10))]
     for i, text in enumerate(batch):
-        assert "".join(part for (part,) in generate(model, "A", seed=10 + i, **settings)) == text
+        assert "".join(part for (part,) in generate(model, "A", 2, decoding=decoding, seed=10 + i)) == text
 
 
 def test_block_and_context_have_to_fit():
     with pytest.raises(BadInput, match="exceed"):
-        next(generate(random_model(), block_len=30, context_len=3))
+        next(generate(random_model(), decoding=Decoding(block_len=30, context_len=3)))
 
 
 @settings(max_examples=25, deadline=None)
