@@ -1,8 +1,8 @@
 """Write text with the diffusion model, or fill the gaps of a given one.
 
-    uv run sample.py                                  # 30 blocks, each continuing the one before
-    uv run sample.py --prompt "ROMEO:" --num-blocks 2
-    uv run sample.py --method ancestral --temperature 0.8 --num-samples 4
+    uv run sample.py                                  # 30 windows of 256 characters, streamed
+    uv run sample.py --prompt "ROMEO:" --num-blocks 8
+    uv run sample.py --infill "To be, or ___ to be"
 """
 
 import argparse
