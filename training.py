@@ -363,11 +363,11 @@ def main():
 
     progress_bar = tqdm(total=None if args.max_minutes else args.steps, initial=step, disable=not leader, unit="step")
     evaluated_at = step
-    losses, progress = [], 0.0
+    losses, progress, stopping = [], None, False
     pace = (time.monotonic(), step)
     while True:
         # Where the run stands: by the clock or by the count, the same on every process
-        if world == 1 or step % 10 == 0:
+        if world == 1 or step % 10 == 0 or progress is None:
             progress = seconds() / (60 * args.max_minutes) if args.max_minutes else step / args.steps
             stopping = bool(stop_signal)
             if world > 1:
