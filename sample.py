@@ -161,7 +161,7 @@ class Decoding:
     """How text is made; the defaults are what tests/benchmark_sampling.py found best on the shipped weights."""
 
     rule: Rule = partial(top_k, k=8)
-    temperature: float = 0.6
+    temperature: float = 0.4
     leftmost: int | None = None
     sweeps: int = 2                 # how often every new character is reconsidered
     stride: int = 4                 # one character in so many is reconsidered at a time
