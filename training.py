@@ -1,7 +1,7 @@
 """Train the diffusion model on a text file, on one CPU, one GPU, or several.
 
     uv run training.py                                               # 20,000 steps of 64 x 256 characters
-    uv run training.py --max-minutes 20 --batch-size 16              # what 20 minutes on a laptop can buy
+    uv run training.py --max-minutes 20 --batch-size 32              # what 20 minutes on a laptop can buy
     uv run torchrun --standalone --nproc_per_node=4 training.py      # the same run on four GPUs
     uv run training.py --resume                                      # go on after Ctrl-C, SIGTERM or a crash
     uv run training.py --eval-only                                   # measure the weights that are there
