@@ -168,6 +168,14 @@ class Decoding:
     block_len: int | None = None    # new characters at a time; None is 32, or less for a short model
     context_len: int | None = None  # characters before them that they are conditioned on; None is 32 likewise
 
+    def lengths(self, sequence_len: int) -> tuple[int, int]:
+        """Block and context for a model of that sequence length. Raises BadInput where they do not fit."""
+        block_len = self.block_len or min(32, sequence_len // 2)
+        context_len = min(32, sequence_len - block_len) if self.context_len is None else self.context_len
+        if context_len + block_len > sequence_len:
+            raise BadInput(f"context {context_len} and block {block_len} exceed the model's {sequence_len} characters")
+        return block_len, context_len
+
 
 def complete(model, x, decoding, seeds, region=None) -> Iterator[torch.Tensor]:
     """Decodes x (B, T) and then corrects it; yields every state, the last is the result.
@@ -178,12 +186,12 @@ def complete(model, x, decoding, seeds, region=None) -> Iterator[torch.Tensor]:
     takes back each character equally often."""
     region = x == model.config.mask_token_id if region is None else region
     turn = region.cumsum(1) % decoding.stride
+    everything = lambda proposal: proposal.eligible
     for x in decode(model, x, decoding.rule, decoding.temperature, seeds, decoding.leftmost):
         yield x
     for phase in range(decoding.sweeps * decoding.stride):
         again = region & (turn == phase % decoding.stride)
         remasked = x.masked_fill(again, model.config.mask_token_id)
-        everything = lambda proposal: proposal.eligible
         for x in decode(model, remasked, everything, decoding.temperature, seeds + (phase + 1 << 32)):
             yield x
 
@@ -194,11 +202,8 @@ def continue_ids(model, x, num_blocks, decoding, seed=0) -> Iterator[torch.Tenso
 
     A block is decoded with nothing to its right, so its last quarter is uncertain: the corrector of the
     next block may still rewrite it, and it is held back until then."""
-    length, device = model.config.sequence_len, x.device
-    block_len = decoding.block_len or min(32, length // 2)
-    context_len = min(32, length - block_len) if decoding.context_len is None else decoding.context_len
-    if context_len + block_len > length:
-        raise BadInput(f"context {context_len} and block {block_len} exceed the model's {length} characters")
+    device = x.device
+    block_len, context_len = decoding.lengths(model.config.sequence_len)
     held = min(block_len // 4, context_len) if decoding.sweeps else 0
     seeds = seed + torch.arange(x.size(0), device=device)
     blank = torch.full((x.size(0), block_len), model.config.mask_token_id, device=device)
@@ -326,6 +331,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def add_model_arguments(parser: CommandLine) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to load")
+    group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
+    group.add_argument("--seed", type=number(int, least=0, most=2**31), default=1337, help="of everything that is drawn")
+
+
 def add_decoding_arguments(parser: CommandLine) -> None:
     count, best = number(int, least=1), Decoding()
     group = parser.add_argument_group("decoding")
@@ -369,10 +381,7 @@ def parse_arguments():
     group.add_argument("--context-len", type=number(int, least=0), help="characters before a block that it is "
                        "conditioned on (default: 32, or what fits)")
     add_decoding_arguments(parser)
-    group = parser.add_argument_group("model")
-    group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to load")
-    group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    group.add_argument("--seed", type=number(int, least=0, most=2**31), default=1337, help="of everything that is drawn")
+    add_model_arguments(parser)
     args = parser.parse_args()
     try:
         if args.prompt_file:
@@ -403,8 +412,8 @@ def main():
         written = args.infill.count("_") * args.num_samples
         print(texts[0])
     else:
-        length = model.config.sequence_len
-        num_blocks = args.num_blocks or 30 * length // (args.block_len or min(32, length // 2))
+        block_len, _ = decoding.lengths(model.config.sequence_len)
+        num_blocks = args.num_blocks or 30 * model.config.sequence_len // block_len
         texts = [args.prompt] * args.num_samples
         for block in generate(model, args.prompt, num_blocks, args.num_samples, decoding, args.seed):
             bar.clear()

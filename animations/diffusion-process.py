@@ -22,7 +22,6 @@ def frames(model, device, decoding, args):
     x = torch.full((1, config.sequence_len), config.mask_token_id, device=device)
     for block in range(args.num_blocks):
         states = complete(model, x, decoding, torch.tensor([args.seed + block], device=device))
-        frame = None
         for frame in frames_of(states, config.mask_token_id, shape, f"block {block + 1} of {args.num_blocks}"):
             yield frame
         yield replace(frame, fresh=torch.zeros_like(frame.fresh), hold=2 * args.fps)

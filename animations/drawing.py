@@ -14,8 +14,7 @@ from typing import Iterable, Iterator
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py and sample.py are one folder up
-from model import DEFAULT_WEIGHTS  # noqa: E402
-from sample import CommandLine, number  # noqa: E402
+from sample import CommandLine, add_model_arguments, number  # noqa: E402
 
 # One palette for the terminal and for pictures: (red, green, blue)
 BACKGROUND = (16, 20, 31)
@@ -62,10 +61,7 @@ def frames_of(states: Iterable[torch.Tensor], mask_token_id: int, shape: tuple[i
 
 
 def add_arguments(parser: CommandLine, fps: int) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to load")
-    group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    group.add_argument("--seed", type=number(int, least=0), default=1337, help="of everything that is drawn")
+    add_model_arguments(parser)
     group = parser.add_argument_group("picture")
     group.add_argument("--window", action="store_true", help="play in a matplotlib window instead of the terminal")
     group.add_argument("--save", type=picture_path, help="write PATH.gif, or PATH.png as one numbered file a frame; no display needed")
