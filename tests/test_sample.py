@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample
-from model import BadInput, DiffusionConfig
+from model import BadInput, DiffusionConfig, autocast
 from sample import (
     Decoding,
     Proposal,
@@ -83,7 +83,8 @@ def plain_top_k(model, ids, k):
     ids, S = list(ids), model.config.diffusion_steps
     while 0 in ids:
         t = math.ceil(S * ids.count(0) / len(ids))
-        logits = model(torch.tensor([ids]), torch.tensor([t - 1]))[0]
+        with autocast(torch.device("cpu")):
+            logits = model(torch.tensor([ids]), torch.tensor([t - 1]))[0].float()
         ranked = []
         for position, i in enumerate(ids):
             if i == 0:
