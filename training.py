@@ -54,7 +54,7 @@ from sample import CommandLine, decode, number, pick_device, run, top_k
 MAY_CHANGE_ON_RESUME = {"compile", "eval_interval", "micro_batch_size"}
 
 
-def parse_arguments():
+def parse_arguments(words=None):
     parser = CommandLine(__doc__)
     count = number(int, least=1)
     group = parser.add_argument_group("files")
@@ -96,7 +96,7 @@ def parse_arguments():
     group.add_argument("--no-compile", action="store_false", dest="compile", default=None, help="run eagerly: no wait at the start")
     group.add_argument("--resume", action="store_true", help="go on from X.state.pt, with the settings of that run")
     group.add_argument("--eval-only", action="store_true", help="print the validation NELBO of --weights and stop")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.context_len = min(args.context_len, args.sequence_len - 1)
     defaults = {action.dest: action.default for action in parser._actions}
     args.given = {name for name, value in vars(args).items() if value != defaults.get(name)}
@@ -145,8 +145,18 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
 
 
+def make_optimizers(model, args):
+    """nanochat's split: Muon for the matrices of the blocks, AdamW for the embeddings and the output head."""
+    matrices = list(model.blocks.parameters())
+    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    return [
+        Muon(matrices, lr=args.muon_learning_rate, weight_decay=args.weight_decay),
+        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=others[0].is_cuda),
+    ]
+
+
 # ----------------------------------------------------------------------------------------------------
-# Data and measures
+# Data, gradients and measures
 
 
 def draw_batch(train, config, args, generator):
@@ -175,6 +185,24 @@ def draw_batch(train, config, args, generator):
     x_t, masked = q_sample(x_0, t, config, generator, prefix_len)
     weight = masked.sum(1).float().sqrt()
     return x_0, x_t, masked, noise_index(masked, config.diffusion_steps), weight / weight.sum().clamp(min=1.0)
+
+
+def backward(network, batch, micro, mask_token_id, rank=0, world=1):
+    """Adds to the gradients those of this process's rows of the batch, `micro` sequences at a time, and
+    returns their part of the loss. Processes exchange gradients in the last micro-batch only."""
+    rows = len(batch[0]) // world
+    share = [part[rank * rows : (rank + 1) * rows].split(micro) for part in batch]
+    total = 0.0
+    for i, (x_0, x_t, masked, index, weight) in enumerate(zip(*share)):
+        last = (i + 1) * micro == rows
+        with nullcontext() if last or world == 1 else network.no_sync():
+            with autocast(x_t.device):
+                logits = network(x_t, index)
+            # Times world: DDP takes the mean over processes where the weights ask for the sum
+            loss = (masked_nll(logits, x_0, masked, mask_token_id) * weight).sum() * world
+            loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 def quick_nelbo(model, tokens):
@@ -277,13 +305,8 @@ def main():
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     model = DiffusionTransformer(config).to(device)
-    matrices = list(model.blocks.parameters())
-    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
-    optimizers = [
-        Muon(matrices, lr=args.muon_learning_rate, weight_decay=args.weight_decay),
-        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"),
-    ]
-    peaks = [args.muon_learning_rate, args.learning_rate]
+    optimizers = make_optimizers(model, args)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     generator = torch.Generator(device).manual_seed(args.seed)
     train_on_device = train.to(device)
 
@@ -405,24 +428,12 @@ def main():
         if finished or stopping:
             break
 
-        # One step; processes exchange gradients in the last micro-batch only
         batch = draw_batch(train_on_device, config, args, generator)
-        share = [part[rank * rows_here : (rank + 1) * rows_here].split(micro) for part in batch]
-        total_loss = 0.0
-        for i, (x_0, x_t, masked, index, weight) in enumerate(zip(*share)):
-            last = (i + 1) * micro == rows_here
-            with nullcontext() if last or world == 1 else network.no_sync():
-                with autocast(device):
-                    logits = network(x_t, index)
-                # Times world: DDP takes the mean over processes where the weights ask for the sum
-                loss = (masked_nll(logits, x_0, masked, config.mask_token_id) * weight).sum() * world
-                loss.backward()
-            total_loss = total_loss + loss.detach()
+        losses.append(backward(network, batch, micro, config.mask_token_id, rank, world))
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(total_loss)
         step += 1
         progress_bar.update()
 
