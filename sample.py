@@ -326,7 +326,8 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit flush is quiet too
     except (BadInput, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # a progress bar may stand on the line
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

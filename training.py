@@ -270,10 +270,7 @@ def evaluate_only(args):
           f"{len(val)} characters, {hardware(device)}")
 
 
-def main():
-    args = parse_arguments()
-    if args.eval_only:
-        return evaluate_only(args)
+def train(args):
     state_path, log_path = args.weights.with_suffix(".state.pt"), args.weights.with_suffix(".state.csv")
     state = read_checkpoint(state_path) if args.resume else None
     if state:
@@ -342,7 +339,7 @@ def main():
         network = compiled(model, (example, example[:, 0]), device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
-        network = DistributedDataParallel(network)
+        network = DistributedDataParallel(network, broadcast_buffers=False)  # the rotary tables never change
 
     rows_log = []
     if leader and state and log_path.exists():
@@ -450,6 +447,18 @@ def main():
         print(f"{args.weights} was better and stays; this run's model: uv run sample.py --weights {state_path}", file=sys.stderr)
     if world > 1:
         dist.destroy_process_group()
+
+
+def main():
+    args = parse_arguments()
+    if args.eval_only:
+        return evaluate_only(args)
+    try:
+        train(args)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("closed by peer", "reset by peer", "imed out", "NCCL")):
+            raise
+        raise BadInput("another process of this run died or hangs; go on from the last save with --resume")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,23 @@ def test_training_on_several_processes_is_training_on_one(whole_run, small_corpu
     for name in one:  # rounding, in bfloat16 where the processor has it, moves the zero-initialised ones by 5%
         assert (two[name] - one[name]).norm() < 0.15 * one[name].norm(), name
     assert process.stdout.count("validation NELBO") == 1  # rank 0 alone speaks
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
+def test_a_process_that_dies_ends_the_run_with_a_clear_line(small_corpus, tmp_path):
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "training.py"),
+         "--data", str(small_corpus), "--weights", str(tmp_path / "w.pt"), "--steps", "1000000", *TINY_RUN],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "w.state.pt").exists():
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert "error: another process of this run died" in err
+    state_of(tmp_path / "w.pt")  # whole
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
