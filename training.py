@@ -86,8 +86,10 @@ def parse_arguments(words=None):
     group.add_argument("--grad-clip", type=number(float, above=0), default=1.0, help="largest gradient norm")
     group.add_argument("--prefix-rate", type=number(float, least=0, most=1), default=0.25, help="share of the sequences "
                        "with a clean prefix of 1 to --context-len characters")
-    group.add_argument("--noise-spread", type=number(float, above=0), default=1.2, help="width of the bell from which "
+    group.add_argument("--noise-spread", type=number(float, above=0), default=1.0, help="width of the bell from which "
                        "t is drawn, in logits; at 1.7 it is nearly flat")
+    group.add_argument("--opening", type=number(float, least=0, most=1), default=0.5, help="share of the run in which "
+                       "the range of t widens from 40%% to all of it")
     group.add_argument("--seed", type=number(int, least=0), default=1337, help="of the weights, crops and masks")
     group = parser.add_argument_group("running")
     group.add_argument("--eval-interval", type=count, default=250, help="steps between evaluations and saves")
@@ -159,14 +161,15 @@ def make_optimizers(model, args):
 # Data, gradients and measures
 
 
-def draw_batch(train, config, args, generator):
+def draw_batch(train, config, args, generator, progress=1.0):
     """The global batch of a step: x_0, x_t, masked (B, T), noise indices and loss weights (B,), on the
     device.
 
     Every process draws all of it from the same seed and keeps its own rows, so that the batch does not
     depend on their number. t / S follows a logit-normal bell around 1/2, where a sequence has both
     something to read and something to predict (arXiv 2605.13026), and is stratified over the batch: one
-    draw from each of B equally likely parts.
+    draw from each of B equally likely parts. It opens from 40% of its range to all of it over the first
+    half of the run: characters with many visible neighbours teach the most at first.
 
     The loss is a weighted mean of the sequences' `masked_nll`. Equal weights would be the bound itself
     (RADD, arXiv 2406.03736), whose gradient is noisy: a sequence with one masked character counts as
@@ -178,7 +181,8 @@ def draw_batch(train, config, args, generator):
     x_0 = train[starts[:, None] + torch.arange(T, device=device)]
     strata = torch.randperm(B, generator=generator, device=device)
     quantile = ((strata + rand()) / B).clamp(1e-4, 1 - 1e-4)
-    noise = torch.sigmoid(args.noise_spread * torch.special.ndtri(quantile))
+    opened = min(1.0, 0.4 + 0.6 * progress / args.opening) if args.opening else 1.0
+    noise = torch.sigmoid(args.noise_spread * torch.special.ndtri(quantile)) * opened
     t = (noise * config.diffusion_steps).long() + 1
     prefix_len = (1 + rand() * config.context_len).long().clamp(max=config.context_len)
     prefix_len = prefix_len * (rand() < args.prefix_rate)
@@ -425,7 +429,7 @@ def train(args):
         if finished or stopping:
             break
 
-        batch = draw_batch(train_on_device, config, args, generator)
+        batch = draw_batch(train_on_device, config, args, generator, progress)
         losses.append(backward(network, batch, micro, config.mask_token_id, rank, world))
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         for optimizer in optimizers:
