@@ -161,9 +161,10 @@ class Decoding:
     """How text is made; the defaults are what tests/benchmark_sampling.py found best on the shipped weights."""
 
     rule: Rule = partial(top_k, k=8)
-    temperature: float = 0.4
+    temperature: float = 0.8        # of the draft
     leftmost: int | None = None
     sweeps: int = 2                 # how often every new character is reconsidered
+    sweep_temperature: float = 0.0  # in doing so
     stride: int = 4                 # one character in so many is reconsidered at a time
     block_len: int | None = None    # new characters at a time; None is 32, or less for a short model
     context_len: int | None = None  # characters before them that they are conditioned on; None is 32 likewise
@@ -183,7 +184,8 @@ def complete(model, x, decoding, seeds, region=None) -> Iterator[torch.Tensor]:
     Characters revealed in the same call do not know of each other. So afterwards every stride-th
     character of `region` (B, T), by default of what was masked, is masked again and drawn anew given all
     the others, and so on in turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that
-    takes back each character equally often."""
+    takes back each character equally often. Towards temperature 0 that climbs to a likelier text near by:
+    the draft brings the variety, the corrector the spelling."""
     region = x == model.config.mask_token_id if region is None else region
     turn = region.cumsum(1) % decoding.stride
     everything = lambda proposal: proposal.eligible
@@ -192,7 +194,7 @@ def complete(model, x, decoding, seeds, region=None) -> Iterator[torch.Tensor]:
     for phase in range(decoding.sweeps * decoding.stride):
         again = region & (turn == phase % decoding.stride)
         remasked = x.masked_fill(again, model.config.mask_token_id)
-        for x in decode(model, remasked, everything, decoding.temperature, seeds + (phase + 1 << 32)):
+        for x in decode(model, remasked, everything, decoding.sweep_temperature, seeds + (phase + 1 << 32)):
             yield x
 
 
@@ -350,11 +352,12 @@ def add_decoding_arguments(parser: CommandLine) -> None:
     group.add_argument("--threshold", type=number(float, above=0, most=1), default=0.9, help="threshold: least probability")
     group.add_argument("--gamma", type=number(float, least=0), default=0.5, help="entropy: nats that a step may risk")
     group.add_argument("--steps", type=count, default=128, help="ancestral: levels of the reverse process")
-    group.add_argument("--temperature", type=number(float, least=0), default=best.temperature, help="0 always takes the "
-                       "likeliest character")
+    group.add_argument("--temperature", type=number(float, least=0), default=best.temperature, help="of the draft; 0 always "
+                       "takes the likeliest character")
     group.add_argument("--leftmost", type=count, help="reveal only within so many leftmost masked characters")
     group.add_argument("--sweeps", type=number(int, least=0), default=best.sweeps, help="how often every new character is "
                        "masked again and reconsidered")
+    group.add_argument("--sweep-temperature", type=number(float, least=0), default=best.sweep_temperature, help="in doing so")
     group.add_argument("--stride", type=count, default=best.stride, help="one character in so many is reconsidered at a time")
 
 
@@ -365,7 +368,7 @@ def pick_decoding(args, block_len: int | None = None, context_len: int | None = 
         "entropy": partial(entropy_bound, gamma=args.gamma),
         "ancestral": partial(ancestral, steps=args.steps),
     }[args.method]
-    return Decoding(rule, args.temperature, args.leftmost, args.sweeps, args.stride, block_len, context_len)
+    return Decoding(rule, args.temperature, args.leftmost, args.sweeps, args.sweep_temperature, args.stride, block_len, context_len)
 
 
 def parse_arguments():

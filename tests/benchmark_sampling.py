@@ -21,7 +21,6 @@ import math
 import re
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import DEFAULT_DATA, DEFAULT_WEIGHTS, decode_tokens, encode_text, load_corpus, load_weights  # noqa: E402
 from sample import (  # noqa: E402
-    CommandLine, Decoding, ancestral, continue_ids, entropy_bound, generate, number, run, threshold, top_k,
+    CommandLine, Decoding, ancestral, best_k, continue_ids, entropy_bound, generate, number, run, threshold, top_k,
 )
 
 CONTEXT, LENGTH, GROUP = 16, 240, 8
@@ -117,17 +116,53 @@ def write(model, contexts, decoding, seed):
     return [decode_tokens(row[:LENGTH]) for row in torch.cat(parts, 1)], calls
 
 
-def frontier_points():
-    """(family, name, decoding without temperature)."""
+# Rules that were tried and lost to those of sample.py
+
+
+def margin(proposal, k):
+    """The k positions whose two likeliest characters are furthest apart. arXiv 2502.06768."""
+    first, second = proposal.log_p.topk(2).values.exp().unbind(-1)
+    return best_k((first - second).masked_fill(~proposal.eligible, -math.inf), k)
+
+
+def factor(proposal, f):
+    """The n surest, for the largest n with (n + 1)(1 - confidence of the n-th) < f. Fast-dLLM, arXiv 2505.22618."""
+    confidence, order = proposal.confidence().sort(1, descending=True)
+    n = torch.arange(1, confidence.size(1) + 1)
+    within = ((n + 1) * (1 - confidence) < f) & (confidence >= 0)
+    many = (within * n).amax(1, keepdim=True).clamp(min=1)
+    return torch.zeros_like(within).scatter_(1, order, n <= many)
+
+
+def cosine_ancestral(proposal, steps):
+    """The reverse process on levels t = cos(pi / 2 (1 - i / steps)), finer where much is masked,
+    coarser where little is. MD4, arXiv 2406.04329."""
+    level = (steps * (1 - 2 / math.pi * proposal.fate.arccos())).long().masked_fill(~proposal.eligible, -1)
+    return level == level.amax(1, keepdim=True)
+
+
+def frontier_points(temperatures):
+    """(name, temperatures, how one of them decodes)."""
     whole, short = dict(block_len=240, context_len=16), dict(block_len=32, context_len=32)
-    yield "threshold, whole window", "threshold 0.9, whole window", Decoding(partial(threshold, tau=0.9), sweeps=0, **whole)
-    yield "ancestral, whole window", "ancestral 128, whole window", Decoding(partial(ancestral, steps=128), sweeps=0, **whole)
-    yield "threshold", "threshold 0.9", Decoding(partial(threshold, tau=0.9), sweeps=0, **short)
-    yield "entropy", "entropy 0.5", Decoding(partial(entropy_bound, gamma=0.5), sweeps=0, **short)
-    yield "top-k", "top-k 2", Decoding(partial(top_k, k=2), sweeps=0, **short)
-    yield "top-k, noise", "top-k 2 with Gumbel noise, leftmost 8", Decoding(partial(top_k, k=2, noise=1.0), leftmost=8, sweeps=0, **short)
+    yield "threshold 0.9, whole window", [0.0], lambda T: Decoding(partial(threshold, tau=0.9), T, sweeps=0, **whole)
+    yield "ancestral 128, whole window", [0.8], lambda T: Decoding(partial(ancestral, steps=128), T, sweeps=0, **whole)
+    for name, rule, leftmost in (
+        ("threshold 0.9", partial(threshold, tau=0.9), None),
+        ("factor 0.5", partial(factor, f=0.5), None),
+        ("entropy 0.5", partial(entropy_bound, gamma=0.5), None),
+        ("margin 2", partial(margin, k=2), None),
+        ("ancestral 12 a block", partial(ancestral, steps=12), None),
+        ("cosine ancestral 12 a block", partial(cosine_ancestral, steps=12), None),
+        ("top-k 2", partial(top_k, k=2), None),
+        ("top-k 2, Gumbel noise", partial(top_k, k=2, noise=1.0), None),
+        ("top-k 2, Gumbel noise, leftmost 8", partial(top_k, k=2, noise=1.0), 8),
+    ):
+        yield name, temperatures, lambda T: Decoding(rule, T, leftmost, sweeps=0, **short)
+    eight = partial(top_k, k=8)
+    yield "top-k 8, 2 sweeps at the same T", temperatures, lambda T: Decoding(eight, T, sweep_temperature=T, **short)
+    yield "threshold 0.5, 2 sweeps at 0", temperatures, lambda T: Decoding(partial(threshold, tau=0.5), T, **short)
     for k, sweeps in ((8, 1), (8, 2), (8, 3), (4, 1)):
-        yield f"top-k {k} + {sweeps} sweeps", f"top-k {k}, {sweeps} sweeps of 4", Decoding(partial(top_k, k=k), sweeps=sweeps, **short)
+        yield f"top-k {k}, {sweeps} sweeps at 0", temperatures, lambda T: Decoding(partial(top_k, k=k), T, sweeps=sweeps, **short)
 
 
 def frontier(args, model, train, val):
@@ -141,13 +176,11 @@ def frontier(args, model, train, val):
     held_out = measure(references, contexts, judge, vocabulary, train_text)
     print(row("held-out Shakespeare", "", held_out), flush=True)
     points = []
-    for family, name, decoding in frontier_points():
-        if args.only and args.only not in name:
-            continue
-        for temperature in args.temperatures:
-            texts, calls = write(model, contexts, replace(decoding, temperature=temperature), args.seed)
+    for name, temperatures, decoding in frontier_points(args.temperatures):
+        for temperature in temperatures if not args.only or any(words in name for words in args.only) else []:
+            texts, calls = write(model, contexts, decoding(temperature), args.seed)
             result = measure(texts, contexts, judge, vocabulary, train_text)
-            points.append((family, calls / LENGTH, result))
+            points.append((name, calls / LENGTH, result))
             print(row(f"{name}, T {temperature:g}", calls, result), flush=True)
     if args.plot:
         plot(points, held_out, args.plot)
@@ -158,17 +191,22 @@ def plot(points, held_out, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
-    for family in dict.fromkeys(f for f, _, _ in points):
-        mine = [(calls, m["ngram"][0], m["distinct"][0]) for f, calls, m in points if f == family]
-        left.plot([d for _, _, d in mine], [n for _, n, _ in mine], "o-", ms=4, label=family)
-        right.plot([c for c, _, _ in mine], [n for _, n, _ in mine], "o", ms=4)
-    left.plot(held_out["distinct"][0], held_out["ngram"][0], "k*", ms=12, label="held-out text")
-    left.set(xlabel="distinct 4-grams", ylabel="n-gram, nats per character")
-    right.set(xlabel="network calls per character", ylabel="n-gram, nats per character")
-    left.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5))
+    labels = "distinct 4-grams", "n-gram, nats per character", "network calls per character"
+    pairs = (0, 1), (2, 1), (2, 0)
+    colors = plt.get_cmap("tab20").colors
+    for color, rule in zip(colors, dict.fromkeys(name for name, _, _ in points)):
+        mine = [(m["distinct"][0], m["ngram"][0], calls) for name, calls, m in points if name == rule]
+        for axis, (x, y) in zip(axes, pairs):
+            axis.plot([point[x] for point in mine], [point[y] for point in mine], "o-", ms=4, lw=1, color=color, label=rule)
+    for axis, (x, y) in zip(axes, pairs):
+        axis.set(xlabel=labels[x], ylabel=labels[y])
+    axes[0].plot(held_out["distinct"][0], held_out["ngram"][0], "k*", ms=12, label="held-out text")
+    axes[1].axhline(held_out["ngram"][0], color="k", lw=0.5)
+    axes[2].axhline(held_out["distinct"][0], color="k", lw=0.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
+    figure.savefig(path, dpi=100)
 
 
 @torch.no_grad()
@@ -208,8 +246,8 @@ def main():
     parser = CommandLine(__doc__)
     parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to judge")
     parser.add_argument("--num-samples", type=number(int, least=16), default=64, help="samples a point, in groups of 8")
-    parser.add_argument("--temperatures", type=number(float, least=0), nargs="+", default=[0.4, 0.6, 0.8], help="points of each curve")
-    parser.add_argument("--only", help="only the rules whose name contains this")
+    parser.add_argument("--temperatures", type=number(float, least=0), nargs="+", default=[0.4, 0.6, 0.8, 1.0], help="points of each curve")
+    parser.add_argument("--only", nargs="+", help="only the rules whose name contains one of these")
     parser.add_argument("--plot", type=Path, help="file for the picture")
     parser.add_argument("--speed", action="store_true", help="measure characters per second instead")
     parser.add_argument("--repeats", type=number(int, least=1), default=3, help="speed: measurements of each")

@@ -216,7 +216,7 @@ def test_correcting_at_temperature_one_leaves_the_models_own_distribution_alone(
             return p.log()
 
     n = 20_000
-    x = last(complete(Exact(), torch.zeros(n, 2, dtype=torch.long), Decoding(partial(top_k, k=2), 1.0, sweeps=8, stride=2), torch.arange(n)))
+    x = last(complete(Exact(), torch.zeros(n, 2, dtype=torch.long), Decoding(partial(top_k, k=2), 1.0, sweeps=8, sweep_temperature=1.0, stride=2), torch.arange(n)))
     counts = torch.zeros(2, 2).index_put((x[:, 0] - 1, x[:, 1] - 1), torch.ones(n), accumulate=True)
     assert ((counts - n * joint) ** 2 / (n * joint)).sum() < 3 + 4 * math.sqrt(6)
 
