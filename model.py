@@ -344,7 +344,7 @@ def autocast(device: torch.device):
 
 def save_atomically(contents: dict, path: Path) -> None:
     """torch.save through a temporary file beside `path`, flushed to disk and renamed over it: a crash
-    at any moment leaves either the old file or the new one. Raises OSError."""
+    at any moment leaves either the old file or the new one. BadInput where the disk is full or refuses."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -352,8 +352,10 @@ def save_atomically(contents: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise BadInput(f"{path}: not saved ({error.strerror or error}); what stood there before still does")
         raise
 
 

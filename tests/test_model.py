@@ -300,7 +300,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_debris(tmp_path, monkeypat
     for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
-            with pytest.raises(OSError):
+            with pytest.raises(BadInput, match="w.pt: not saved .No space left"):
                 save_atomically({"a": 2}, path)
         assert torch.load(path) == {"a": 1}
         assert os.listdir(tmp_path) == ["w.pt"]
