@@ -29,6 +29,7 @@ from model import (
     encode_text,
     load_weights,
     log_probs,
+    multiplies_bf16,
     noise_index,
 )
 
@@ -42,8 +43,16 @@ class Proposal(NamedTuple):
     log_p: torch.Tensor     # (B, T, V) the model's log-probabilities, before any temperature
     chosen: torch.Tensor    # (B, T) the character drawn for every position
     eligible: torch.Tensor  # (B, T) masked positions that may be revealed now
-    noise: torch.Tensor     # (B, T) uniform on (0, 1), fresh at every step
-    fate: torch.Tensor      # (B, T) uniform on (0, 1), the same at every step
+    seeds: torch.Tensor     # (B,)
+    step: int               # 1, 2, ...
+
+    def noise(self) -> torch.Tensor:
+        """Uniform on (0, 1), (B, T), fresh at every step."""
+        return uniform(self.seeds, self.chosen.size(1), stream=2 * self.step + 1)
+
+    def fate(self) -> torch.Tensor:
+        """Uniform on (0, 1), (B, T), the same at every step."""
+        return uniform(self.seeds, self.chosen.size(1), stream=0)
 
     def confidence(self) -> torch.Tensor:
         """Probability of the chosen character, (B, T); -1 where nothing may be revealed."""
@@ -69,8 +78,9 @@ def threshold(proposal: Proposal, tau: float) -> torch.Tensor:
 def top_k(proposal: Proposal, k: int, noise: float = 0.0) -> torch.Tensor:
     """The k surest characters (LLaDA, arXiv 2502.09992), after adding `noise` times Gumbel noise to the
     log-confidence: at 1 the order is drawn in proportion to confidence, at 0 it is fixed."""
-    gumbel = -torch.log(-torch.log(proposal.noise))
-    score = proposal.confidence().clamp(min=1e-9).log() + noise * gumbel
+    score = proposal.confidence().clamp(min=1e-9).log()
+    if noise:
+        score = score - noise * torch.log(-torch.log(proposal.noise()))
     return best_k(score.masked_fill(~proposal.eligible, -math.inf), k)
 
 
@@ -91,7 +101,7 @@ def ancestral(proposal: Proposal, steps: int) -> torch.Tensor:
     A position is revealed in the step in which the forward process hid it, and that is uniform over
     the levels: `fate` decides it once and for all, which is the same in law as tossing a coin of
     probability 1 / t at every level t, and steps in which nothing would happen cost no network call."""
-    level = (proposal.fate * steps).long().masked_fill(~proposal.eligible, -1)
+    level = (proposal.fate() * steps).long().masked_fill(~proposal.eligible, -1)
     return level == level.amax(1, keepdim=True)
 
 
@@ -107,9 +117,9 @@ def uniform(seeds: torch.Tensor, length: int, stream: int) -> torch.Tensor:
     return ((h >> 40 & (1 << 24) - 1).float() + 0.5) / (1 << 24)
 
 
-def draw(log_p: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
+def draw(log_p: torch.Tensor, temperature: float, u: torch.Tensor | None) -> torch.Tensor:
     """One character id per position, (B, T), from log_p (B, T, V) by inverse transform of u (B, T);
-    temperature 0 is argmax."""
+    temperature 0 is argmax and needs no u."""
     if temperature == 0:
         return log_p.argmax(-1)
     cdf = (log_p / temperature).softmax(-1).cumsum(-1)                     # (B, T, V)
@@ -144,10 +154,10 @@ def decode(
         with autocast(x.device):
             logits = model(x[live], noise_index(masked, model.config.diffusion_steps))  # (B', T, V)
         log_p = log_probs(logits, mask_token_id)
-        chosen = draw(log_p, temperature, uniform(seeds[live], T, stream=2 * step))
+        u = uniform(seeds[live], T, stream=2 * step) if temperature else None
+        chosen = draw(log_p, temperature, u)
         eligible = masked if leftmost is None else masked & (masked.cumsum(1) <= leftmost)
-        noise, fate = uniform(seeds[live], T, stream=2 * step + 1), uniform(seeds[live], T, stream=0)
-        reveal = rule(Proposal(log_p, chosen, eligible, noise, fate)) & eligible
+        reveal = rule(Proposal(log_p, chosen, eligible, seeds[live], step)) & eligible
         x = x.index_copy(0, live, torch.where(reveal, chosen, x[live]))
         yield x
 
@@ -161,7 +171,7 @@ class Decoding:
     """How text is made; the defaults are what tests/benchmark_sampling.py found best on the shipped weights."""
 
     rule: Rule = partial(top_k, k=8)
-    temperature: float = 0.8        # of the draft
+    temperature: float = 1.0        # of the draft
     leftmost: int | None = None
     sweeps: int = 2                 # how often every new character is reconsidered
     sweep_temperature: float = 0.0  # in doing so
@@ -270,6 +280,17 @@ def infill(
         *_, filled = complete(model, x[:, start:stop], decoding, seeds + (gap << 40))
         x[:, start:done] = filled[:, : done - start]
     return [decode_tokens(row) for row in x]
+
+
+def load_for_sampling(path: Path, device: torch.device) -> DiffusionTransformer:
+    """The model of `load_weights`, its matrices stored as bfloat16 where the hardware multiplies that:
+    autocast would convert them at every call, to the same numbers."""
+    model, _ = load_weights(path, device)
+    if multiplies_bf16(device):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(torch.bfloat16)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -399,7 +420,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    model, _ = load_weights(args.weights, pick_device(args.device))
+    model = load_for_sampling(args.weights, pick_device(args.device))
     decoding = pick_decoding(args, args.block_len, args.context_len)
     bar = tqdm(unit=" calls", desc="network", disable=None, leave=False)  # None: silent unless stderr is a terminal
     n_calls = 0

@@ -10,8 +10,7 @@ from dataclasses import replace
 import torch
 
 from drawing import add_arguments, frames_of, show
-from model import load_weights
-from sample import CommandLine, add_decoding_arguments, complete, number, pick_decoding, pick_device, run
+from sample import CommandLine, add_decoding_arguments, complete, load_for_sampling, number, pick_decoding, pick_device, run
 
 
 def frames(model, device, decoding, args):
@@ -37,7 +36,7 @@ def main():
     add_decoding_arguments(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    model, _ = load_weights(args.weights, device)
+    model = load_for_sampling(args.weights, device)
     show(frames(model, device, pick_decoding(args), args), args)
 
 

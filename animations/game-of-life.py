@@ -7,8 +7,7 @@
 import torch
 
 from drawing import Frame, add_arguments, show
-from model import load_weights
-from sample import CommandLine, decode, number, pick_device, run, top_k
+from sample import CommandLine, decode, load_for_sampling, number, pick_device, run, top_k
 
 SIDE = 32
 
@@ -57,7 +56,7 @@ def main():
     parser.add_argument("--calls", type=number(int, least=1), default=4, help="network calls a generation")
     args = parser.parse_args()
     device = pick_device(args.device)
-    model, _ = load_weights(args.weights, device)
+    model = load_for_sampling(args.weights, device)
     show(frames(model, device, args), args)
 
 

@@ -30,7 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import DEFAULT_DATA, DEFAULT_WEIGHTS, decode_tokens, encode_text, load_corpus, load_weights  # noqa: E402
 from sample import (  # noqa: E402
-    CommandLine, Decoding, ancestral, best_k, continue_ids, entropy_bound, generate, number, run, threshold, top_k,
+    CommandLine, Decoding, ancestral, best_k, continue_ids, entropy_bound, generate, load_for_sampling, number, run,
+    threshold, top_k,
 )
 
 CONTEXT, LENGTH, GROUP = 16, 240, 8
@@ -137,7 +138,7 @@ def factor(proposal, f):
 def cosine_ancestral(proposal, steps):
     """The reverse process on levels t = cos(pi / 2 (1 - i / steps)), finer where much is masked,
     coarser where little is. MD4, arXiv 2406.04329."""
-    level = (steps * (1 - 2 / math.pi * proposal.fate.arccos())).long().masked_fill(~proposal.eligible, -1)
+    level = (steps * (1 - 2 / math.pi * proposal.fate().arccos())).long().masked_fill(~proposal.eligible, -1)
     return level == level.amax(1, keepdim=True)
 
 
@@ -225,7 +226,7 @@ def plain_loop(model, context: str, tau=0.9) -> str:
     return decode_tokens(torch.tensor(ids[len(context):]))
 
 
-def speed(args, model, val):
+def speed(args, model, float32_model, val):
     """Plain loop and sample.py's defaults in turn, so that a slow spell of the machine hits both."""
     context = decode_tokens(val[:CONTEXT])
     rates = {"plain loop": [], "sample.py": [], "sample.py, 8 samples": []}
@@ -233,7 +234,7 @@ def speed(args, model, val):
         for name, n in (("plain loop", 1), ("sample.py", 1), ("sample.py, 8 samples", 8)):
             started, made = time.perf_counter(), LENGTH
             if name == "plain loop":
-                plain_loop(model, context)
+                plain_loop(float32_model, context)
             else:
                 made = sum(len(text) for texts in generate(model, context, num_samples=n, seed=i) for text in texts)
             rates[name].append(made / (time.perf_counter() - started))
@@ -253,10 +254,10 @@ def main():
     parser.add_argument("--repeats", type=number(int, least=1), default=3, help="speed: measurements of each")
     parser.add_argument("--seed", type=number(int, least=0), default=0, help="of the samples")
     args = parser.parse_args()
-    model, _ = load_weights(args.weights)
+    model = load_for_sampling(args.weights, torch.device("cpu"))
     train, val, _ = load_corpus(DEFAULT_DATA, model.config)
     if args.speed:
-        speed(args, model, val)
+        speed(args, model, load_weights(args.weights)[0], val)
     else:
         frontier(args, model, train, val)
 

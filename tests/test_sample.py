@@ -159,9 +159,7 @@ def test_characters_are_drawn_with_their_tempered_probabilities():
 
 
 def proposal(p, chosen, eligible):
-    shape = torch.tensor(chosen).shape
-    half = torch.full(shape, 0.5)
-    return Proposal(torch.tensor(p).log(), torch.tensor(chosen), torch.tensor(eligible), half, half)
+    return Proposal(torch.tensor(p).log(), torch.tensor(chosen), torch.tensor(eligible), torch.tensor([0]), step=1)
 
 
 def test_rules_reveal_what_their_papers_say():
