@@ -1,6 +1,6 @@
 """Which recipe trains best: a small network (4 layers of 192 channels) under one change at a time.
 
-    uv run tests/ablation_training.py                        # every row, about half an hour on two cores
+    uv run tests/ablation_training.py                        # every row, a few minutes each
     uv run tests/ablation_training.py --only weighting       # the rows whose name contains the word
     uv run tests/ablation_training.py --seeds 0 1 2 --only baseline "the recipe"
 

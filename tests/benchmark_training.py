@@ -80,7 +80,7 @@ def our_step(tokens, args, device, rank=0, world=1):
     optimizers = make_optimizers(model, args)
     network = torch.compile(model) if args.compile is not False else model
     if world > 1:
-        network = DistributedDataParallel(network)
+        network = DistributedDataParallel(network, broadcast_buffers=False)
     generator = torch.Generator(device).manual_seed(args.seed)
 
     def step():

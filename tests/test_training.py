@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, Training, assert_one_clear_line, random_model, script
 
 import training
-from model import load_weights
+from model import load_weights, multiplies_bf16
 
 TINY_RUN = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--sequence-len", "32", "--context-len", "4", "--batch-size", "8",
             "--eval-interval", "6", "--no-compile", "--device", "cpu"]
@@ -68,8 +68,11 @@ def test_training_on_several_processes_is_training_on_one(whole_run, small_corpu
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr
     one, two = state_of(whole_run)["model"], state_of(weights)["model"]
-    for name in one:  # rounding, in bfloat16 where the processor has it, moves the zero-initialised ones by 5%
-        assert (two[name] - one[name]).norm() < 0.15 * one[name].norm(), name
+    for name in one:
+        if multiplies_bf16(torch.device("cpu")):  # whose rounding moves the zero-initialised ones by 5%
+            assert (two[name] - one[name]).norm() < 0.15 * one[name].norm(), name
+        else:
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
     assert process.stdout.count("validation NELBO") == 1  # rank 0 alone speaks
 
 
