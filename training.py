@@ -4,6 +4,7 @@
     uv run training.py --max-minutes 20 --batch-size 32              # what 20 minutes on a laptop can buy
     uv run torchrun --standalone --nproc_per_node=4 training.py      # the same run on four GPUs
     uv run training.py --resume                                      # go on after Ctrl-C, SIGTERM or a crash
+    uv run training.py --init weights/diffusion_model.pt --data my.txt --weights weights/my.pt   # start from trained weights
     uv run training.py --eval-only                                   # measure the weights that are there
 
 Beside the weights, X.pt, a run keeps X.state.pt, from which --resume goes on (sample.py reads it too),
@@ -60,6 +61,8 @@ def parse_arguments(words=None):
     group = parser.add_argument_group("files")
     group.add_argument("--data", type=Path, default=DEFAULT_DATA, help="text to learn; its last 10%% is for validation")
     group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write (or to measure)")
+    group.add_argument("--init", type=Path, metavar="WEIGHTS", help="start from these weights instead of random ones, "
+                       "with fresh optimizers; the log goes on from theirs")
     group = parser.add_argument_group("network and diffusion")
     group.add_argument("--sequence-len", type=count, default=256, help="characters per sequence")
     group.add_argument("--vocab-size", type=count, default=128, help="byte values: 128 is ASCII, 256 any UTF-8 text")
@@ -169,7 +172,7 @@ def draw_batch(train, config, args, generator, progress=1.0):
     depend on their number. t / S follows a logit-normal bell around 1/2, where a sequence has both
     something to read and something to predict (arXiv 2605.13026), and is stratified over the batch: one
     draw from each of B equally likely parts. It opens from 40% of its range to all of it over the first
-    half of the run: characters with many visible neighbours teach the most at first.
+    `args.opening` of the run: characters with many visible neighbours teach the most at first.
 
     The loss is a weighted mean of the sequences' `masked_nll`. Equal weights would be the bound itself
     (RADD, arXiv 2406.03736), whose gradient is noisy: a sequence with one masked character counts as
@@ -207,6 +210,13 @@ def backward(network, batch, micro, mask_token_id, rank=0, world=1):
             loss.backward()
         total = total + loss.detach()
     return total
+
+
+def update(model, optimizers, grad_clip):
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def quick_nelbo(model, tokens):
@@ -305,7 +315,14 @@ def train(args):
     train, val, corpus_sha256 = load_corpus(args.data, config)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    model = DiffusionTransformer(config).to(device)
+    model, earlier = DiffusionTransformer(config).to(device), {}  # earlier: the meta of the weights to start from
+    if state:
+        earlier = state["meta"].get("started_from", {})
+    elif args.init:
+        model, earlier = load_weights(args.init, device)
+        if model.config != config:
+            raise BadInput(f"--init {args.init}: holds {model.config}, the flags ask for {config}")
+    characters_seen = lambda: earlier.get("characters_seen", 0) + step * args.batch_size * config.sequence_len
     optimizers = make_optimizers(model, args)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -345,10 +362,10 @@ def train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
         network = DistributedDataParallel(network, broadcast_buffers=False)  # the rotary tables never change
 
-    rows_log = []
-    if leader and state and log_path.exists():
-        with open(log_path, newline="") as file:
-            rows_log = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    rows_log, log_so_far = [], log_path if state or not args.init else args.init.with_suffix(".csv")
+    if leader and (state or args.init) and log_so_far.exists():
+        with open(log_so_far, newline="") as file:
+            rows_log = [row for row in csv.DictReader(file) if int(row["characters_seen"]) <= characters_seen()]
 
     def checkpoint():
         """Evaluates, logs, saves: the resumable state always, the weights if they are the best so far."""
@@ -356,10 +373,11 @@ def train(args):
         val_nelbo, val_error = quick_nelbo(model, val)
         train_nelbo, _ = quick_nelbo(model, train)
         meta = {
-            "step": step, "characters_seen": step * args.batch_size * config.sequence_len, "seconds": round(seconds()),
+            "step": step, "characters_seen": characters_seen(), "seconds": earlier.get("seconds", 0) + round(seconds()),
             "val_nelbo": val_nelbo, "val_nelbo_error": val_error, "train_nelbo": train_nelbo,
             "corpus_sha256": corpus_sha256, "seed": args.seed, "hardware": f"{world} x {hardware(device)}",
             "command": shlex.join(["uv", "run", "training.py", *sys.argv[1:]]), "torch": str(torch.__version__),
+            **({"started_from": earlier} if earlier else {}),
         }
         rows_log.append({name: meta[name] for name in ("step", "characters_seen", "seconds", "train_nelbo", "val_nelbo", "val_nelbo_error")})
         if val_nelbo < best:
@@ -431,10 +449,7 @@ def train(args):
 
         batch = draw_batch(train_on_device, config, args, generator, progress)
         losses.append(backward(network, batch, micro, config.mask_token_id, rank, world))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        update(model, optimizers, args.grad_clip)
         step += 1
         progress_bar.update()
 

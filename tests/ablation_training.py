@@ -3,6 +3,7 @@
     uv run tests/ablation_training.py                        # every row, a few minutes each
     uv run tests/ablation_training.py --only weighting       # the rows whose name contains the word
     uv run tests/ablation_training.py --seeds 0 1 2 --only baseline "the recipe"
+    uv run tests/ablation_training.py --share 0.05 --only baseline regularisation   # many epochs of little text
 
 Every run sees the same number of characters and ends with a learning rate of zero. "baseline" is where
 these trials began, and each of the others changes in it what its name says; "the recipe" is what they led
@@ -10,7 +11,6 @@ to, and what training.py does. What was tried and lost is written out here and n
 are in ablations.md.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import (  # noqa: E402
     DEFAULT_DATA, DiffusionConfig, DiffusionTransformer, autocast, load_corpus, masked_nll, nelbo, noise_index, q_sample,
 )
-from training import Muon  # noqa: E402
+from sample import CommandLine, number, run  # noqa: E402
+from training import make_optimizers, update  # noqa: E402
 
 CONFIG = DiffusionConfig(n_layer=4, n_head=4, n_embd=192)
 
@@ -39,8 +40,8 @@ class Recipe:
     noise: str = "bell"                # how t is drawn: "bell", "stratified", "antithetic" or "independent" (all uniform)
     spread: float = 1.2                # of the bell, in logits
     optimizer: str = "muon"            # of the block matrices: "muon" or "adamw"
-    matrix_lr: float = 0.02
-    other_lr: float = 3e-3
+    muon_learning_rate: float = 0.02   # of the block matrices, also where that is AdamW's
+    learning_rate: float = 3e-3        # of the rest
     batch_size: int = 16
     weight_decay: float = 0.0
     dropout: float = 0.0
@@ -67,13 +68,13 @@ ROWS = {
     "noise: bell of 0.8": Recipe(spread=0.8),
     "noise: bell of 1.0": Recipe(spread=1.0),
     "weighting: mean, uniform, stratified": Recipe(weighting="mean", noise="stratified"),
-    "original: AdamW 3e-4, flat, independent": Recipe("flat", "independent", optimizer="adamw", matrix_lr=3e-4, other_lr=3e-4),
-    "optimizer: AdamW 1e-3": Recipe(optimizer="adamw", matrix_lr=1e-3),
-    "optimizer: AdamW 3e-3": Recipe(optimizer="adamw", matrix_lr=3e-3),
-    "optimizer: Muon 0.01": Recipe(matrix_lr=0.01),
-    "optimizer: Muon 0.04": Recipe(matrix_lr=0.04),
-    "optimizer: embeddings 1e-2": Recipe(other_lr=1e-2),
-    "optimizer: embeddings 1e-3": Recipe(other_lr=1e-3),
+    "original: AdamW 3e-4, flat, independent": Recipe("flat", "independent", optimizer="adamw", muon_learning_rate=3e-4, learning_rate=3e-4),
+    "optimizer: AdamW 1e-3": Recipe(optimizer="adamw", muon_learning_rate=1e-3),
+    "optimizer: AdamW 3e-3": Recipe(optimizer="adamw", muon_learning_rate=3e-3),
+    "optimizer: Muon 0.01": Recipe(muon_learning_rate=0.01),
+    "optimizer: Muon 0.04": Recipe(muon_learning_rate=0.04),
+    "optimizer: embeddings 1e-2": Recipe(learning_rate=1e-2),
+    "optimizer: embeddings 1e-3": Recipe(learning_rate=1e-3),
     "optimizer: no clipping": Recipe(grad_clip=math.inf),
     "batch: 8 sequences": Recipe(batch_size=8),
     "batch: 32 sequences": Recipe(batch_size=32),
@@ -155,12 +156,11 @@ def train(recipe, tokens, characters, seed):
         for block in model.blocks:
             for part in (block.attn, block.mlp):
                 part.register_forward_hook(lambda module, inputs, out: F.dropout(out, recipe.dropout, module.training))
-    matrices = list(model.blocks.parameters())
-    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
-    adamw = lambda params, lr: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    first = Muon(matrices, recipe.matrix_lr, recipe.weight_decay) if recipe.optimizer == "muon" else adamw(matrices, recipe.matrix_lr)
-    optimizers = [first, adamw(others, recipe.other_lr)]
-    peaks = [recipe.matrix_lr, recipe.other_lr]
+    optimizers = make_optimizers(model, recipe)
+    if recipe.optimizer == "adamw":
+        matrices = optimizers[0].param_groups[0]["params"]
+        optimizers[0] = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+    peaks = [recipe.muon_learning_rate, recipe.learning_rate]
     average = [p.detach().clone() for p in model.parameters()]
     fast = torch.compile(model)
     B, T = recipe.batch_size, CONFIG.sequence_len
@@ -176,24 +176,25 @@ def train(recipe, tokens, characters, seed):
         with autocast(torch.device("cpu")):
             loss = loss_of(recipe, model, fast, tokens[starts[:, None] + torch.arange(T)], progress)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        torch._foreach_lerp_(average, list(model.parameters()), 1 - min(recipe.ema, (step + 1) / (step + 10)))
+        update(model, optimizers, recipe.grad_clip)
+        if recipe.ema:
+            torch._foreach_lerp_(average, list(model.parameters()), 1 - min(recipe.ema, (step + 1) / (step + 10)))
     if recipe.ema:
         torch._foreach_copy_(list(model.parameters()), average)
     return model
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
-    parser.add_argument("--characters", type=int, default=1_638_400, help="characters that every run sees")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the weights, crops and masks")
+    parser.add_argument("--characters", type=number(int, least=8192), default=1_638_400, help="characters that every run sees")
+    parser.add_argument("--share", type=number(float, above=0, most=1), default=1.0, help="of the train split that the runs see: "
+                        "less means more epochs")
+    parser.add_argument("--seeds", type=number(int, least=0), nargs="+", default=[0], help="of the weights, crops and masks")
     args = parser.parse_args()
     tokens, val, _ = load_corpus(DEFAULT_DATA, CONFIG)
-    print(f"{args.characters} characters a run\n\n| change | seed | NELBO | seconds |\n|---|---|---|---|", flush=True)
+    tokens = tokens[: int(args.share * len(tokens))]
+    print(f"{args.characters} characters a run, {args.characters / len(tokens):.1f} epochs\n\n| change | seed | NELBO | seconds |\n|---|---|---|---|", flush=True)
     for name, recipe in ROWS.items():
         for seed in args.seeds if any(word in name for word in args.only) else []:
             torch._dynamo.reset()
@@ -205,4 +206,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import DEFAULT_DATA, DiffusionConfig, DiffusionTransformer, load_corpus, multiplies_bf16  # noqa: E402
 from sample import CommandLine, number, pick_device, run  # noqa: E402
-from training import backward, draw_batch, hardware, make_optimizers, parse_arguments  # noqa: E402
+from training import backward, draw_batch, hardware, make_optimizers, parse_arguments, update  # noqa: E402
 
 CONFIG = DiffusionConfig()
 SIDE = 2048  # of the square matrices
@@ -86,10 +86,7 @@ def our_step(tokens, args, device, rank=0, world=1):
     def step():
         batch = draw_batch(tokens, CONFIG, args, generator)
         backward(network, batch, args.batch_size // world, CONFIG.mask_token_id, rank, world)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        update(model, optimizers, args.grad_clip)
 
     return step
 

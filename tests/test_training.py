@@ -133,6 +133,25 @@ def test_only_better_weights_replace_existing_ones(whole_run, small_corpus, tmp_
     assert weights.read_bytes() == whole_run.read_bytes()
 
 
+def test_a_run_that_starts_from_weights_goes_on_from_what_they_know(whole_run, small_corpus, tmp_path):
+    files = ["--data", small_corpus, "--weights", tmp_path / "w.pt"]
+    further = Training(*files, "--init", whole_run, "--steps", 2, "--learning-rate", 1e-9, "--muon-learning-rate", 1e-9, *TINY_RUN).wait()
+    assert further.process.exitcode == 0, further.output
+    (_, before), (_, after) = load_weights(whole_run), load_weights(tmp_path / "w.pt")
+    assert after["started_from"] == before and after["characters_seen"] == (18 + 2) * 8 * 32
+    assert after["val_nelbo"] == pytest.approx(before["val_nelbo"], abs=1e-3)  # it learned next to nothing, and had forgotten nothing
+    with open((tmp_path / "w.csv"), newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [6, 12, 18, 2]
+    again = Training(*files, "--resume").wait()
+    assert again.process.exitcode == 0, again.output
+    assert state_of(tmp_path / "w.pt")["meta"]["started_from"] == before
+
+
+def test_weights_of_another_shape_are_no_start(whole_run, small_corpus, tmp_path, command):
+    process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt", "--init", whole_run, *TINY_RUN, "--n-layer", 2)
+    assert_one_clear_line(process, "--init", "n_layer=1", "n_layer=2")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small_corpus, tmp_path):
     files = ["--data", small_corpus, "--weights", tmp_path / "w.pt"]
     wild = Training(*files, "--steps", 50, *TINY_RUN, "--learning-rate", "2e37", "--warmup", 0).wait()
@@ -183,6 +202,7 @@ def test_learning_rate_rises_stays_and_falls():
     (["--weights", "/proc/nothing/w.pt"], ["/proc/nothing"]),
     (["--resume"], ["state.pt"]),
     (["--eval-only"], ["w.pt"]),
+    (["--init", "nowhere.pt"], ["nowhere.pt"]),
     (["--batch-size", "8", "--micro-batch-size", "3"], ["3", "8"]),
     (["--vocab-size", "999"], ["999"]),
 ])
