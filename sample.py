@@ -42,22 +42,18 @@ class Proposal(NamedTuple):
 
     log_p: torch.Tensor     # (B, T, V) the model's log-probabilities, before any temperature
     chosen: torch.Tensor    # (B, T) the character drawn for every position
-    eligible: torch.Tensor  # (B, T) masked positions that may be revealed now
+    masked: torch.Tensor    # (B, T) where nothing is revealed yet
     seeds: torch.Tensor     # (B,)
     step: int               # 1, 2, ...
-
-    def noise(self) -> torch.Tensor:
-        """Uniform on (0, 1), (B, T), fresh at every step."""
-        return uniform(self.seeds, self.chosen.size(1), stream=2 * self.step + 1)
 
     def fate(self) -> torch.Tensor:
         """Uniform on (0, 1), (B, T), the same at every step."""
         return uniform(self.seeds, self.chosen.size(1), stream=0)
 
     def confidence(self) -> torch.Tensor:
-        """Probability of the chosen character, (B, T); -1 where nothing may be revealed."""
+        """Probability of the chosen character, (B, T); -1 where nothing is masked."""
         p = self.log_p.gather(-1, self.chosen[..., None]).squeeze(-1).exp()
-        return p.masked_fill(~self.eligible, -1.0)
+        return p.masked_fill(~self.masked, -1.0)
 
 
 Rule = Callable[[Proposal], torch.Tensor]
@@ -75,24 +71,9 @@ def threshold(proposal: Proposal, tau: float) -> torch.Tensor:
     return (confidence >= tau) | best_k(confidence, 1)
 
 
-def top_k(proposal: Proposal, k: int, noise: float = 0.0) -> torch.Tensor:
-    """The k surest characters (LLaDA, arXiv 2502.09992), after adding `noise` times Gumbel noise to the
-    log-confidence: at 1 the order is drawn in proportion to confidence, at 0 it is fixed."""
-    score = proposal.confidence().clamp(min=1e-9).log()
-    if noise:
-        score = score - noise * torch.log(-torch.log(proposal.noise()))
-    return best_k(score.masked_fill(~proposal.eligible, -math.inf), k)
-
-
-def entropy_bound(proposal: Proposal, gamma: float) -> torch.Tensor:
-    """The positions of least entropy, as many as keep the sum of all their entropies but the largest
-    within gamma nats: a bound on what revealing them at once, as if independent, can cost.
-    EB-Sampler, arXiv 2505.24857."""
-    p_log_p = torch.where(proposal.log_p > -math.inf, proposal.log_p.exp() * proposal.log_p, 0.0)
-    entropy = (-p_log_p.sum(-1)).masked_fill(~proposal.eligible, math.inf)      # (B, T)
-    ascending, order = entropy.sort(1)
-    within = ascending.cumsum(1) - ascending <= gamma                            # the first always is
-    return torch.zeros_like(within).scatter_(1, order, within)
+def top_k(proposal: Proposal, k: int) -> torch.Tensor:
+    """The k surest characters. LLaDA, arXiv 2502.09992."""
+    return best_k(proposal.confidence(), k)
 
 
 def ancestral(proposal: Proposal, steps: int) -> torch.Tensor:
@@ -101,7 +82,7 @@ def ancestral(proposal: Proposal, steps: int) -> torch.Tensor:
     A position is revealed in the step in which the forward process hid it, and that is uniform over
     the levels: `fate` decides it once and for all, which is the same in law as tossing a coin of
     probability 1 / t at every level t, and steps in which nothing would happen cost no network call."""
-    level = (proposal.fate() * steps).long().masked_fill(~proposal.eligible, -1)
+    level = (proposal.fate() * steps).long().masked_fill(~proposal.masked, -1)
     return level == level.amax(1, keepdim=True)
 
 
@@ -133,15 +114,13 @@ def decode(
     rule: Rule,
     temperature: float = 1.0,
     seed: int | torch.Tensor = 0,
-    leftmost: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """The one decoding loop. Yields x (B, T) itself and then every intermediate state; the last one
     has no masked position left.
 
     x        ids with model.config.mask_token_id wherever a character is wanted; known ones stay
-    rule     chooses what to reveal at a step: at least one eligible position in every unfinished row
+    rule     chooses what to reveal at a step: at least one masked position in every unfinished row
     seed     an int, from which row r gets seed + r, or a seed per row (B,)
-    leftmost only so many leftmost masked positions of a row are eligible
     """
     mask_token_id, T = model.config.mask_token_id, x.size(1)
     seeds = seed + torch.arange(x.size(0), device=x.device) if isinstance(seed, int) else seed
@@ -156,8 +135,7 @@ def decode(
         log_p = log_probs(logits, mask_token_id)
         u = uniform(seeds[live], T, stream=2 * step) if temperature else None
         chosen = draw(log_p, temperature, u)
-        eligible = masked if leftmost is None else masked & (masked.cumsum(1) <= leftmost)
-        reveal = rule(Proposal(log_p, chosen, eligible, seeds[live], step)) & eligible
+        reveal = rule(Proposal(log_p, chosen, masked, seeds[live], step)) & masked
         x = x.index_copy(0, live, torch.where(reveal, chosen, x[live]))
         yield x
 
@@ -172,7 +150,6 @@ class Decoding:
 
     rule: Rule = partial(top_k, k=8)
     temperature: float = 1.0        # of the draft
-    leftmost: int | None = None
     sweeps: int = 2                 # how often every new character is reconsidered
     sweep_temperature: float = 0.0  # in doing so
     stride: int = 4                 # one character in so many is reconsidered at a time
@@ -198,8 +175,8 @@ def complete(model, x, decoding, seeds, region=None) -> Iterator[torch.Tensor]:
     the draft brings the variety, the corrector the spelling."""
     region = x == model.config.mask_token_id if region is None else region
     turn = region.cumsum(1) % decoding.stride
-    everything = lambda proposal: proposal.eligible
-    for x in decode(model, x, decoding.rule, decoding.temperature, seeds, decoding.leftmost):
+    everything = lambda proposal: proposal.masked
+    for x in decode(model, x, decoding.rule, decoding.temperature, seeds):
         yield x
     for phase in range(decoding.sweeps * decoding.stride):
         again = region & (turn == phase % decoding.stride)
@@ -365,17 +342,14 @@ def add_model_arguments(parser: CommandLine) -> None:
 def add_decoding_arguments(parser: CommandLine) -> None:
     count, best = number(int, least=1), Decoding()
     group = parser.add_argument_group("decoding")
-    group.add_argument("--method", choices=["top-k", "threshold", "entropy", "ancestral"], default="top-k",
-                       help="which characters a step reveals: the k surest, those above a confidence, as many as an "
-                       "entropy bound allows, or the exact reverse diffusion")
+    group.add_argument("--method", choices=["top-k", "threshold", "ancestral"], default="top-k",
+                       help="which characters a step reveals: the k surest, those above a confidence, or what the "
+                       "exact reverse diffusion does")
     group.add_argument("--k", type=count, default=8, help="top-k: characters a step")
-    group.add_argument("--noise", type=number(float, least=0), default=0.0, help="top-k: Gumbel noise on the log-confidence")
     group.add_argument("--threshold", type=number(float, above=0, most=1), default=0.9, help="threshold: least probability")
-    group.add_argument("--gamma", type=number(float, least=0), default=0.5, help="entropy: nats that a step may risk")
     group.add_argument("--steps", type=count, default=128, help="ancestral: levels of the reverse process")
     group.add_argument("--temperature", type=number(float, least=0), default=best.temperature, help="of the draft; 0 always "
                        "takes the likeliest character")
-    group.add_argument("--leftmost", type=count, help="reveal only within so many leftmost masked characters")
     group.add_argument("--sweeps", type=number(int, least=0), default=best.sweeps, help="how often every new character is "
                        "masked again and reconsidered")
     group.add_argument("--sweep-temperature", type=number(float, least=0), default=best.sweep_temperature, help="in doing so")
@@ -384,12 +358,11 @@ def add_decoding_arguments(parser: CommandLine) -> None:
 
 def pick_decoding(args, block_len: int | None = None, context_len: int | None = None) -> Decoding:
     rule = {
-        "top-k": partial(top_k, k=args.k, noise=args.noise),
+        "top-k": partial(top_k, k=args.k),
         "threshold": partial(threshold, tau=args.threshold),
-        "entropy": partial(entropy_bound, gamma=args.gamma),
         "ancestral": partial(ancestral, steps=args.steps),
     }[args.method]
-    return Decoding(rule, args.temperature, args.leftmost, args.sweeps, args.sweep_temperature, args.stride, block_len, context_len)
+    return Decoding(rule, args.temperature, args.sweeps, args.sweep_temperature, args.stride, block_len, context_len)
 
 
 def parse_arguments():

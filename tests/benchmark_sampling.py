@@ -30,8 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import DEFAULT_DATA, DEFAULT_WEIGHTS, decode_tokens, encode_text, load_corpus, load_weights  # noqa: E402
 from sample import (  # noqa: E402
-    CommandLine, Decoding, ancestral, best_k, continue_ids, entropy_bound, generate, load_for_sampling, number, run,
-    threshold, top_k,
+    CommandLine, Decoding, ancestral, best_k, continue_ids, generate, load_for_sampling, number, run, threshold, top_k,
+    uniform,
 )
 
 CONTEXT, LENGTH, GROUP = 16, 240, 8
@@ -120,10 +120,34 @@ def write(model, contexts, decoding, seed):
 # Rules that were tried and lost to those of sample.py
 
 
+def entropy_bound(proposal, gamma):
+    """The positions of least entropy, as many as keep the sum of all their entropies but the largest
+    within gamma nats: a bound on what revealing them at once, as if independent, can cost.
+    EB-Sampler, arXiv 2505.24857."""
+    p_log_p = torch.where(proposal.log_p > -math.inf, proposal.log_p.exp() * proposal.log_p, 0.0)
+    entropy = (-p_log_p.sum(-1)).masked_fill(~proposal.masked, math.inf)      # (B, T)
+    ascending, order = entropy.sort(1)
+    within = ascending.cumsum(1) - ascending <= gamma                            # the first always is
+    return torch.zeros_like(within).scatter_(1, order, within)
+
+
+def gumbel_top_k(proposal, k):
+    """k positions in an order that is drawn in proportion to confidence, by Gumbel noise on its logarithm."""
+    u = uniform(proposal.seeds, proposal.chosen.size(1), stream=2 * proposal.step + 1)
+    score = proposal.confidence().clamp(min=1e-9).log() - torch.log(-torch.log(u))
+    return best_k(score.masked_fill(~proposal.masked, -math.inf), k)
+
+
+def leftmost(proposal, rule, width):
+    """What `rule` reveals when it sees no more than the leftmost `width` masked positions."""
+    near = proposal.masked & (proposal.masked.cumsum(1) <= width)
+    return rule(proposal._replace(masked=near)) & near
+
+
 def margin(proposal, k):
     """The k positions whose two likeliest characters are furthest apart. arXiv 2502.06768."""
     first, second = proposal.log_p.topk(2).values.exp().unbind(-1)
-    return best_k((first - second).masked_fill(~proposal.eligible, -math.inf), k)
+    return best_k((first - second).masked_fill(~proposal.masked, -math.inf), k)
 
 
 def factor(proposal, f):
@@ -138,7 +162,7 @@ def factor(proposal, f):
 def cosine_ancestral(proposal, steps):
     """The reverse process on levels t = cos(pi / 2 (1 - i / steps)), finer where much is masked,
     coarser where little is. MD4, arXiv 2406.04329."""
-    level = (steps * (1 - 2 / math.pi * proposal.fate().arccos())).long().masked_fill(~proposal.eligible, -1)
+    level = (steps * (1 - 2 / math.pi * proposal.fate().arccos())).long().masked_fill(~proposal.masked, -1)
     return level == level.amax(1, keepdim=True)
 
 
@@ -147,23 +171,25 @@ def frontier_points(temperatures):
     whole, short = dict(block_len=240, context_len=16), dict(block_len=32, context_len=32)
     yield "threshold 0.9, whole window", [0.0], lambda T: Decoding(partial(threshold, tau=0.9), T, sweeps=0, **whole)
     yield "ancestral 128, whole window", [0.8], lambda T: Decoding(partial(ancestral, steps=128), T, sweeps=0, **whole)
-    for name, rule, leftmost in (
-        ("threshold 0.9", partial(threshold, tau=0.9), None),
-        ("factor 0.5", partial(factor, f=0.5), None),
-        ("entropy 0.5", partial(entropy_bound, gamma=0.5), None),
-        ("margin 2", partial(margin, k=2), None),
-        ("ancestral 12 a block", partial(ancestral, steps=12), None),
-        ("cosine ancestral 12 a block", partial(cosine_ancestral, steps=12), None),
-        ("top-k 2", partial(top_k, k=2), None),
-        ("top-k 2, Gumbel noise", partial(top_k, k=2, noise=1.0), None),
-        ("top-k 2, Gumbel noise, leftmost 8", partial(top_k, k=2, noise=1.0), 8),
+    gumbel = partial(gumbel_top_k, k=2)
+    for name, rule in (
+        ("threshold 0.9", partial(threshold, tau=0.9)),
+        ("factor 0.5", partial(factor, f=0.5)),
+        ("entropy 0.5", partial(entropy_bound, gamma=0.5)),
+        ("margin 2", partial(margin, k=2)),
+        ("ancestral 12 a block", partial(ancestral, steps=12)),
+        ("cosine ancestral 12 a block", partial(cosine_ancestral, steps=12)),
+        ("top-k 2", partial(top_k, k=2)),
+        ("top-k 2, Gumbel noise", gumbel),
+        ("top-k 2, Gumbel noise, leftmost 8", partial(leftmost, rule=gumbel, width=8)),
     ):
-        yield name, temperatures, lambda T: Decoding(rule, T, leftmost, sweeps=0, **short)
+        yield name, temperatures, lambda T: Decoding(rule, T, sweeps=0, **short)
     eight = partial(top_k, k=8)
     yield "top-k 8, 2 sweeps at the same T", temperatures, lambda T: Decoding(eight, T, sweep_temperature=T, **short)
     yield "threshold 0.5, 2 sweeps at 0", temperatures, lambda T: Decoding(partial(threshold, tau=0.5), T, **short)
-    for k, sweeps in ((8, 1), (8, 2), (8, 3), (4, 1)):
-        yield f"top-k {k}, {sweeps} sweeps at 0", temperatures, lambda T: Decoding(partial(top_k, k=k), T, sweeps=sweeps, **short)
+    for k, sweeps, stride in ((8, 1, 4), (8, 2, 2), (8, 2, 3), (8, 2, 4), (8, 3, 4)):
+        yield f"top-k {k}, {sweeps} sweeps of stride {stride} at 0", temperatures, lambda T: Decoding(
+            partial(top_k, k=k), T, sweeps=sweeps, stride=stride, **short)
 
 
 def frontier(args, model, train, val):
@@ -247,7 +273,7 @@ def main():
     parser = CommandLine(__doc__)
     parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to judge")
     parser.add_argument("--num-samples", type=number(int, least=16), default=64, help="samples a point, in groups of 8")
-    parser.add_argument("--temperatures", type=number(float, least=0), nargs="+", default=[0.4, 0.6, 0.8, 1.0], help="points of each curve")
+    parser.add_argument("--temperatures", type=number(float, least=0), nargs="+", default=[0.6, 0.8, 1.0], help="points of each curve")
     parser.add_argument("--only", nargs="+", help="only the rules whose name contains one of these")
     parser.add_argument("--plot", type=Path, help="file for the picture")
     parser.add_argument("--speed", action="store_true", help="measure characters per second instead")

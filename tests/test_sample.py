@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, TableModel, assert_one_clear_line, last, random_model, script
+from benchmark_sampling import cosine_ancestral, entropy_bound, factor, gumbel_top_k, leftmost, margin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,6 @@ from sample import (
     complete,
     decode,
     draw,
-    entropy_bound,
     generate,
     infill,
     threshold,
@@ -32,9 +32,13 @@ from sample import (
 RULES = {
     "threshold": partial(threshold, tau=0.1),
     "top-k": partial(top_k, k=3),
-    "top-k with noise": partial(top_k, k=2, noise=1.0),
-    "entropy": partial(entropy_bound, gamma=4.0),
     "ancestral": partial(ancestral, steps=9),
+    "top-k with noise": partial(gumbel_top_k, k=2),
+    "entropy": partial(entropy_bound, gamma=4.0),
+    "factor": partial(factor, f=2.0),
+    "margin": partial(margin, k=3),
+    "cosine ancestral": partial(cosine_ancestral, steps=9),
+    "leftmost": partial(leftmost, rule=partial(top_k, k=3), width=5),
 }
 every_rule = pytest.mark.parametrize("rule", [pytest.param(r, id=name) for name, r in RULES.items()])
 
@@ -48,10 +52,10 @@ def partly_masked(batch, length, share, seed):
 @every_rule
 @settings(max_examples=15, deadline=None)
 @given(length=st.integers(1, 32), share=st.sampled_from([0.0, 0.3, 0.8, 1.0]), seed=st.integers(0, 999),
-       temperature=st.sampled_from([0, 0.7, 1.5]), leftmost=st.sampled_from([None, 1, 5]))
-def test_every_state_keeps_what_is_known_and_reveals_more(rule, length, share, seed, temperature, leftmost):
+       temperature=st.sampled_from([0, 0.7, 1.5]))
+def test_every_state_keeps_what_is_known_and_reveals_more(rule, length, share, seed, temperature):
     x = partly_masked(3, length, share, seed)
-    states = list(decode(random_model(), x, rule, temperature, seed, leftmost))
+    states = list(decode(random_model(), x, rule, temperature, seed))
     assert torch.equal(states[0], x)
     for before, after in zip(states, states[1:]):
         known = before != 0
@@ -158,8 +162,8 @@ def test_characters_are_drawn_with_their_tempered_probabilities():
     assert (draw(log_p.expand(1, 10_000, 4), 0, u) == 1).all()
 
 
-def proposal(p, chosen, eligible):
-    return Proposal(torch.tensor(p).log(), torch.tensor(chosen), torch.tensor(eligible), torch.tensor([0]), step=1)
+def proposal(p, chosen, masked):
+    return Proposal(torch.tensor(p).log(), torch.tensor(chosen), torch.tensor(masked), torch.tensor([0]), step=1)
 
 
 def test_rules_reveal_what_their_papers_say():
@@ -167,16 +171,16 @@ def test_rules_reveal_what_their_papers_say():
     seen = proposal(p, [[1, 1, 1, 1]], [[True, True, True, False]])
     assert threshold(seen, tau=0.9).tolist() == [[True, False, True, False]]
     assert threshold(seen, tau=0.97).tolist() == [[False, False, True, False]]
-    assert (top_k(seen, k=2) & seen.eligible).tolist() == [[True, False, True, False]]
+    assert (top_k(seen, k=2) & seen.masked).tolist() == [[True, False, True, False]]
     # entropies 0.325, 0.673, 0.199: the two smallest risk 0.199 nats, all three 0.524
     assert entropy_bound(seen, gamma=0.1).tolist() == [[False, False, True, False]]
     assert entropy_bound(seen, gamma=0.3).tolist() == [[True, False, True, False]]
-    assert (entropy_bound(seen, gamma=0.6) & seen.eligible).tolist() == [[True, True, True, False]]
+    assert (entropy_bound(seen, gamma=0.6) & seen.masked).tolist() == [[True, True, True, False]]
 
 
 def test_leftmost_confines_each_step():
     model, x = random_model(), partly_masked(2, 32, 0.9, seed=3)
-    for before, after in itertools.pairwise(decode(model, x, partial(top_k, k=2), 1.0, 0, leftmost=3)):
+    for before, after in itertools.pairwise(decode(model, x, partial(leftmost, rule=partial(top_k, k=2), width=3), 1.0, 0)):
         for row in range(2):
             open_before = (before[row] == 0).nonzero().flatten().tolist()
             revealed = [i for i in open_before if after[row, i] != 0]
