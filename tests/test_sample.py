@@ -4,11 +4,12 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TableModel, assert_one_clear_line, last, random_model, script
+from conftest import ROOT, TINY, TableModel, assert_one_clear_line, last, random_model, script
 from benchmark_sampling import cosine_ancestral, entropy_bound, factor, gumbel_top_k, leftmost, margin
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ import sample
 from model import BadInput, DiffusionConfig, autocast
 from sample import (
     Decoding,
+    PrefixCache,
     Proposal,
     ancestral,
     complete,
@@ -187,6 +189,35 @@ def test_leftmost_confines_each_step():
             assert set(revealed) <= set(open_before[:3])
 
 
+def network_whose_left_never_changes():
+    """One block without time embedding: a character's keys and values depend on that character alone."""
+    model = random_model(replace(TINY, n_layer=1))
+    with torch.no_grad():
+        model.time_emb.weight.zero_()
+    return model
+
+
+@every_rule
+@pytest.mark.parametrize("length", [1, 10])
+def test_a_cached_prefix_changes_nothing_where_its_keys_and_values_do_not(rule, length):
+    model, x = network_whose_left_never_changes(), partly_masked(4, 32, 0.7, seed=6)
+    x[:, :length] = 65
+    x[1, :30] = 66  # this row is finished long before the others
+    exact = list(decode(model, x, rule, 0.9, seed=2))
+    cached = list(decode(model, x, rule, 0.9, seed=2, cache=PrefixCache(length)))
+    assert len(exact) == len(cached) and all(torch.equal(a, b) for a, b in zip(exact, cached))
+
+
+def test_the_first_call_with_a_cache_is_exact_and_a_later_one_computes_the_rest_alone():
+    model, x, lengths = random_model(), torch.zeros(1, 32, dtype=torch.long), []
+    x[0, :12] = 65
+    model.token_emb.register_forward_hook(lambda module, inputs, out: lengths.append(out.size(1)))
+    cached = list(decode(model, x, partial(top_k, k=4), 0.9, cache=PrefixCache(12)))
+    assert lengths == [32, 20, 20, 20, 20]
+    exact = list(decode(model, x, partial(top_k, k=4), 0.9))
+    assert torch.equal(exact[1], cached[1])
+
+
 # ---- whole texts
 
 
@@ -224,6 +255,15 @@ def test_correcting_at_temperature_one_leaves_the_models_own_distribution_alone(
 
 
 SHORT = dict(block_len=8, context_len=8)
+
+
+def test_exact_decoding_differs_from_cached_only_where_the_left_changes():
+    texts = {}
+    for name, model in (("steady", network_whose_left_never_changes()), ("deep", random_model())):
+        for exact in (True, False):
+            texts[name, exact] = list(generate(model, "To be or not", 4, decoding=Decoding(exact=exact, **SHORT), seed=1))
+    assert texts["steady", True] == texts["steady", False]
+    assert texts["deep", True] != texts["deep", False]
 
 
 def test_generated_blocks_continue_one_another():
