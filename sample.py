@@ -1,7 +1,7 @@
 """Write text with the diffusion model, or fill the gaps of a given one.
 
     uv run sample.py                                  # 30 windows of 256 characters, streamed
-    uv run sample.py --prompt "ROMEO:" --num-blocks 8
+    uv run sample.py --prompt "ROMEO:" --num-blocks 4
     uv run sample.py --infill "To be, or ___ to be"
 """
 
@@ -173,19 +173,19 @@ def decode(
 class Decoding:
     """How text is made; the defaults are what tests/benchmark_sampling.py found best on the shipped weights."""
 
-    rule: Rule = partial(top_k, k=8)
+    rule: Rule = partial(top_k, k=16)
     temperature: float = 1.0        # of the draft
-    sweeps: int = 2                 # how often every new character is reconsidered
+    sweeps: int = 1                 # how often every new character is reconsidered
     sweep_temperature: float = 0.0  # in doing so
-    stride: int = 4                 # one character in so many is reconsidered at a time
+    stride: int = 6                 # one character in so many is reconsidered at a time
     exact: bool = False             # no PrefixCache: the whole window is computed at every call
-    block_len: int | None = None    # new characters at a time; None is 32, or less for a short model
-    context_len: int | None = None  # characters before them that they are conditioned on; None is 32 likewise
+    block_len: int | None = None    # new characters at a time; None is 128, or less for a short model
+    context_len: int | None = None  # characters before them that they are conditioned on; None is 64, or what fits
 
     def lengths(self, sequence_len: int) -> tuple[int, int]:
         """Block and context for a model of that sequence length. Raises BadInput where they do not fit."""
-        block_len = self.block_len or min(32, sequence_len // 2)
-        context_len = min(32, sequence_len - block_len) if self.context_len is None else self.context_len
+        block_len = self.block_len or min(128, sequence_len // 2)
+        context_len = min(64, sequence_len - block_len) if self.context_len is None else self.context_len
         if context_len + block_len > sequence_len:
             raise BadInput(f"context {context_len} and block {block_len} exceed the model's {sequence_len} characters")
         return block_len, context_len
@@ -374,7 +374,7 @@ def add_decoding_arguments(parser: CommandLine) -> None:
     group.add_argument("--method", choices=["top-k", "threshold", "ancestral"], default="top-k",
                        help="which characters a step reveals: the k surest, those above a confidence, or what the "
                        "exact reverse diffusion does")
-    group.add_argument("--k", type=count, default=8, help="top-k: characters a step")
+    group.add_argument("--k", type=count, default=best.rule.keywords["k"], help="top-k: characters a step")
     group.add_argument("--threshold", type=number(float, above=0, most=1), default=0.9, help="threshold: least probability")
     group.add_argument("--steps", type=count, default=128, help="ancestral: levels of the reverse process")
     group.add_argument("--temperature", type=number(float, least=0), default=best.temperature, help="of the draft; 0 always "
@@ -405,10 +405,10 @@ def parse_arguments():
     group.add_argument("--infill", metavar="TEXT", help="fill every underscore of TEXT, or of stdin where TEXT is -")
     group.add_argument("--num-blocks", type=count, help="blocks to write (default: 30 sequence lengths of text)")
     group.add_argument("--num-samples", type=count, default=1, help="texts to write, all in one batch")
-    group.add_argument("--block-len", type=count, help="characters per block (default: 32, or half the model's sequence "
+    group.add_argument("--block-len", type=count, help="characters per block (default: 128, or half the model's sequence "
                        "length where that is less)")
     group.add_argument("--context-len", type=number(int, least=0), help="characters before a block that it is "
-                       "conditioned on (default: 32, or what fits)")
+                       "conditioned on (default: 64, or what fits)")
     add_decoding_arguments(parser)
     add_model_arguments(parser)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Train the diffusion model on a text file, on one CPU, one GPU, or several.
 
     uv run training.py                                               # 20,000 steps of 64 x 256 characters
-    uv run training.py --max-minutes 20 --batch-size 32              # what 20 minutes on a laptop can buy
+    uv run training.py --max-minutes 120 --batch-size 32             # what two hours can buy
     uv run torchrun --standalone --nproc_per_node=4 training.py      # the same run on four GPUs
     uv run training.py --resume                                      # go on after Ctrl-C, SIGTERM or a crash
     uv run training.py --init weights/diffusion_model.pt --data my.txt --weights weights/my.pt   # start from trained weights
@@ -435,7 +435,7 @@ def train(args):
                                    f"step {evaluated_at}. A lower --muon-learning-rate or --learning-rate may help")
             losses.clear()
             rate = (step - pace[1]) * args.batch_size * config.sequence_len / (time.monotonic() - pace[0])
-            left = seconds() * (1 - progress) / progress / 60 if progress else math.nan
+            left = max(0.0, seconds() * (1 - progress) / progress / 60) if progress else math.nan
             progress_bar.set_postfix_str(f"loss {values[-1]:.3f}, lr {peaks[0] * factor:.4f}, {rate:,.0f} chars/s, {left:.1f} min left")
         if evaluate and step > evaluated_at:
             if leader:

@@ -171,28 +171,33 @@ def cosine_ancestral(proposal, steps):
 
 def frontier_points(temperatures):
     """(name, temperatures, how one of them decodes)."""
-    whole, short = dict(block_len=240, context_len=16), dict(block_len=32, context_len=32)
-    yield "threshold 0.9, whole window", [0.0], lambda T: Decoding(partial(threshold, tau=0.9), T, sweeps=0, **whole)
-    yield "ancestral 128, whole window", [0.8], lambda T: Decoding(partial(ancestral, steps=128), T, sweeps=0, **whole)
-    gumbel = partial(gumbel_top_k, k=2)
+    whole, medium, small = [dict(block_len=b, context_len=c) for b, c in ((240, 16), (64, 32), (32, 32))]
+    drafts = dict(sweeps=0, **medium)
+    gumbel = partial(gumbel_top_k, k=4)
     for name, rule in (
         ("threshold 0.9", partial(threshold, tau=0.9)),
         ("factor 0.5", partial(factor, f=0.5)),
         ("entropy 0.5", partial(entropy_bound, gamma=0.5)),
-        ("margin 2", partial(margin, k=2)),
-        ("ancestral 12 a block", partial(ancestral, steps=12)),
-        ("cosine ancestral 12 a block", partial(cosine_ancestral, steps=12)),
-        ("top-k 2", partial(top_k, k=2)),
-        ("top-k 2, Gumbel noise", gumbel),
-        ("top-k 2, Gumbel noise, leftmost 8", partial(leftmost, rule=gumbel, width=8)),
+        ("margin 4", partial(margin, k=4)),
+        ("ancestral 16 a block", partial(ancestral, steps=16)),
+        ("cosine ancestral 16 a block", partial(cosine_ancestral, steps=16)),
+        ("top-k 4", partial(top_k, k=4)),
+        ("top-k 4, Gumbel noise", gumbel),
+        ("top-k 4, Gumbel noise, leftmost 16", partial(leftmost, rule=gumbel, width=16)),
     ):
-        yield name, temperatures, lambda T: Decoding(rule, T, sweeps=0, **short)
-    eight = partial(top_k, k=8)
-    yield "top-k 8, 2 sweeps at the same T", temperatures, lambda T: Decoding(eight, T, sweep_temperature=T, **short)
-    yield "threshold 0.5, 2 sweeps at 0", temperatures, lambda T: Decoding(partial(threshold, tau=0.5), T, **short)
-    for k, sweeps, stride in ((8, 1, 4), (8, 2, 2), (8, 2, 3), (8, 2, 4), (8, 3, 4)):
-        yield f"top-k {k}, {sweeps} sweeps of stride {stride} at 0", temperatures, lambda T: Decoding(
-            partial(top_k, k=k), T, sweeps=sweeps, stride=stride, **short)
+        yield f"draft alone, {name}", temperatures, lambda T: Decoding(rule, T, **drafts)
+    for name, rule, sweeps, stride, block in (
+        ("top-k 16, 1 sweep of 6", partial(top_k, k=16), 1, 6, {}),
+        ("top-k 16, 2 sweeps of 4", partial(top_k, k=16), 2, 4, {}),
+        ("top-k 8, 1 sweep of 6", partial(top_k, k=8), 1, 6, {}),
+        ("threshold 0.5, 1 sweep of 6", partial(threshold, tau=0.5), 1, 6, {}),
+        ("top-k 8, 2 sweeps of 4, blocks of 64", partial(top_k, k=8), 2, 4, medium),
+        ("top-k 8, 2 sweeps of 4, blocks of 32", partial(top_k, k=8), 2, 4, small),
+    ):
+        yield f"corrected, {name}", temperatures, lambda T: Decoding(rule, T, sweeps=sweeps, stride=stride, **block)
+    yield "warm, top-k 16, 1 sweep of 6 at the same T", temperatures, lambda T: Decoding(temperature=T, sweep_temperature=T)
+    yield "whole window, ancestral 128", [0.8], lambda T: Decoding(partial(ancestral, steps=128), T, sweeps=0, **whole)
+    yield "whole window, threshold 0.9", [0.0], lambda T: Decoding(partial(threshold, tau=0.9), T, sweeps=0, **whole)
 
 
 def frontier(args, model, train, val):
