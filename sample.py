@@ -143,17 +143,16 @@ def decode(
     x        ids with model.config.mask_token_id wherever a character is wanted; known ones stay
     rule     chooses what to reveal at a step: at least one masked position in every unfinished row
     seed     an int, from which row r gets seed + r, or a seed per row (B,)
-    cache    spares the network most of the work for what is settled at the left; without it, all of x
-             is computed at every step
+    cache    spares the network what is settled at the left; without it, every step computes all of x
     """
     mask_token_id, T = model.config.mask_token_id, x.size(1)
     seeds = seed + torch.arange(x.size(0), device=x.device) if isinstance(seed, int) else seed
     yield x
     for step in itertools.count(1):
-        live = (x == mask_token_id).any(1).nonzero().squeeze(1)               # (B',) rows not finished
+        masked = x == mask_token_id                                           # (B, T)
+        live = masked.any(1).nonzero().squeeze(1)                             # (B',) rows not finished
         if not len(live):
             return
-        masked = x == mask_token_id                                           # (B, T)
         index = noise_index(masked, model.config.diffusion_steps)             # (B,)
         with autocast(x.device):                                              # (B', T, V)
             logits = cache.logits(model, x, index, live) if cache else model(x[live], index[live])
@@ -201,7 +200,7 @@ def complete(model, x, decoding, seeds, region=None) -> Iterator[torch.Tensor]:
     the draft brings the variety, the corrector the spelling."""
     region = x == model.config.mask_token_id if region is None else region
     turn = region.cumsum(1) % decoding.stride
-    settled = int((region.cumsum(1) == 0).all(0).sum())  # columns to the left of all that may change
+    settled = int((region.cumsum(1) == 0).all(0).sum())  # columns left of all that may change, in any row
     fresh_cache = lambda: None if decoding.exact or not settled else PrefixCache(settled)
     everything = lambda proposal: proposal.masked
     for x in decode(model, x, decoding.rule, decoding.temperature, seeds, fresh_cache()):
