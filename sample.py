@@ -77,6 +77,15 @@ def top_k(proposal: Proposal, k: int) -> torch.Tensor:
     return best_k(proposal.confidence(), k)
 
 
+def gumbel_top_k(proposal: Proposal, k: int) -> torch.Tensor:
+    """k characters drawn without replacement in proportion to their confidence, by Gumbel noise on its
+    logarithm (arXiv 1903.06059): the surest still tend to come first, but not always the same ones, so
+    that samples differ more."""
+    u = uniform(proposal.seeds, proposal.chosen.size(1), stream=2 * proposal.step + 1)
+    score = proposal.confidence().clamp(min=1e-9).log() - torch.log(-torch.log(u))
+    return best_k(score.masked_fill(~proposal.masked, -math.inf), k)
+
+
 def ancestral(proposal: Proposal, steps: int) -> torch.Tensor:
     """The exact reverse process on a grid of `steps` levels (MDLM, arXiv 2406.07524, eq. 7).
 

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample  # noqa: E402
 from model import DEFAULT_DATA, DEFAULT_WEIGHTS, decode_tokens, encode_text, load_corpus, load_weights, log_probs  # noqa: E402
 from sample import (  # noqa: E402
-    CommandLine, Decoding, PrefixCache, ancestral, best_k, continue_ids, generate, load_for_sampling, number, run, threshold,
-    top_k, uniform,
+    CommandLine, Decoding, PrefixCache, ancestral, best_k, continue_ids, generate, gumbel_top_k, load_for_sampling, number, run,
+    threshold, top_k,
 )
 
 CONTEXT, LENGTH, GROUP = 16, 240, 8
@@ -134,13 +134,6 @@ def entropy_bound(proposal, gamma):
     return torch.zeros_like(within).scatter_(1, order, within)
 
 
-def gumbel_top_k(proposal, k):
-    """k positions in an order that is drawn in proportion to confidence, by Gumbel noise on its logarithm."""
-    u = uniform(proposal.seeds, proposal.chosen.size(1), stream=2 * proposal.step + 1)
-    score = proposal.confidence().clamp(min=1e-9).log() - torch.log(-torch.log(u))
-    return best_k(score.masked_fill(~proposal.masked, -math.inf), k)
-
-
 def leftmost(proposal, rule, width):
     """What `rule` reveals when it sees no more than the leftmost `width` masked positions."""
     near = proposal.masked & (proposal.masked.cumsum(1) <= width)
@@ -192,6 +185,8 @@ def frontier_points(temperatures):
         ("top-k 8, 1 sweep of 6", partial(top_k, k=8), 1, 6, {}),
         ("top-k 16 with Gumbel noise, 1 sweep of 6", partial(gumbel_top_k, k=16), 1, 6, {}),
         ("top-k 16 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=16), 2, 4, {}),
+        ("top-k 16 with Gumbel noise, 2 sweeps of 3", partial(gumbel_top_k, k=16), 2, 3, {}),
+        ("top-k 20 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=20), 2, 4, {}),
         ("threshold 0.5, 1 sweep of 6", partial(threshold, tau=0.5), 1, 6, {}),
         ("top-k 8, 2 sweeps of 4, blocks of 64", partial(top_k, k=8), 2, 4, medium),
         ("top-k 8, 2 sweeps of 4, blocks of 32", partial(top_k, k=8), 2, 4, small),
