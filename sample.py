@@ -181,11 +181,11 @@ def decode(
 class Decoding:
     """How text is made; the defaults are what tests/benchmark_sampling.py found best on the shipped weights."""
 
-    rule: Rule = partial(top_k, k=16)
-    temperature: float = 1.0        # of the draft
-    sweeps: int = 1                 # how often every new character is reconsidered
+    rule: Rule = partial(gumbel_top_k, k=20)
+    temperature: float = 0.6        # of the draft
+    sweeps: int = 2                 # how often every new character is reconsidered
     sweep_temperature: float = 0.0  # in doing so
-    stride: int = 6                 # one character in so many is reconsidered at a time
+    stride: int = 4                 # one character in so many is reconsidered at a time
     exact: bool = False             # no PrefixCache: the whole window is computed at every call
     block_len: int | None = None    # new characters at a time; None is 128, or less for a short model
     context_len: int | None = None  # characters before them that they are conditioned on; None is 64, or what fits
@@ -379,10 +379,10 @@ def add_model_arguments(parser: CommandLine) -> None:
 def add_decoding_arguments(parser: CommandLine) -> None:
     count, best = number(int, least=1), Decoding()
     group = parser.add_argument_group("decoding")
-    group.add_argument("--method", choices=["top-k", "threshold", "ancestral"], default="top-k",
-                       help="which characters a step reveals: the k surest, those above a confidence, or what the "
-                       "exact reverse diffusion does")
-    group.add_argument("--k", type=count, default=best.rule.keywords["k"], help="top-k: characters a step")
+    group.add_argument("--method", choices=["gumbel-top-k", "top-k", "threshold", "ancestral"], default="gumbel-top-k",
+                       help="which characters a step reveals: k drawn in proportion to how sure they are, the k surest, "
+                       "those above a confidence, or what the exact reverse diffusion does")
+    group.add_argument("--k", type=count, default=best.rule.keywords["k"], help="gumbel-top-k and top-k: characters a step")
     group.add_argument("--threshold", type=number(float, above=0, most=1), default=0.9, help="threshold: least probability")
     group.add_argument("--steps", type=count, default=128, help="ancestral: levels of the reverse process")
     group.add_argument("--temperature", type=number(float, least=0), default=best.temperature, help="of the draft; 0 always "
@@ -397,6 +397,7 @@ def add_decoding_arguments(parser: CommandLine) -> None:
 
 def pick_decoding(args, block_len: int | None = None, context_len: int | None = None) -> Decoding:
     rule = {
+        "gumbel-top-k": partial(gumbel_top_k, k=args.k),
         "top-k": partial(top_k, k=args.k),
         "threshold": partial(threshold, tau=args.threshold),
         "ancestral": partial(ancestral, steps=args.steps),

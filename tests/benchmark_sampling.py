@@ -192,7 +192,7 @@ def frontier_points(temperatures):
         ("top-k 8, 2 sweeps of 4, blocks of 32", partial(top_k, k=8), 2, 4, small),
     ):
         yield f"corrected, {name}", temperatures, lambda T: Decoding(rule, T, sweeps=sweeps, stride=stride, **block)
-    yield "warm, top-k 16, 1 sweep of 6 at the same T", temperatures, lambda T: Decoding(temperature=T, sweep_temperature=T)
+    yield "warm, the default with sweeps at the same T", temperatures, lambda T: Decoding(temperature=T, sweep_temperature=T)
     yield "whole window, ancestral 128", [0.8], lambda T: Decoding(partial(ancestral, steps=128), T, sweeps=0, **whole)
     yield "whole window, threshold 0.9", [0.0], lambda T: Decoding(partial(threshold, tau=0.9), T, sweeps=0, **whole)
 
