@@ -226,8 +226,8 @@ def plot(points, held_out, path):
     figure, axes = plt.subplots(1, 3, figsize=(15, 5))
     labels = "distinct 4-grams", "n-gram, nats per character", "network calls per character"
     pairs = (0, 1), (2, 1), (2, 0)
-    colors = plt.get_cmap("tab20").colors
-    for color, rule in zip(colors, dict.fromkeys(name for name, _, _ in points)):
+    rules = dict.fromkeys(name for name, _, _ in points)
+    for color, rule in zip(plt.get_cmap("turbo")(np.linspace(0, 1, len(rules))), rules):
         mine = [(m["distinct"][0], m["ngram"][0], calls) for name, calls, m in points if name == rule]
         for axis, (x, y) in zip(axes, pairs):
             axis.plot([point[x] for point in mine], [point[y] for point in mine], "o-", ms=4, lw=1, color=color, label=rule)
@@ -236,8 +236,8 @@ def plot(points, held_out, path):
     axes[0].plot(held_out["distinct"][0], held_out["ngram"][0], "k*", ms=12, label="held-out text")
     axes[1].axhline(held_out["ngram"][0], color="k", lw=0.5)
     axes[2].axhline(held_out["distinct"][0], color="k", lw=0.5)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
-    figure.tight_layout(rect=(0, 0.16, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=7.5)
+    figure.tight_layout(rect=(0, 0.19, 1, 1))
     figure.savefig(path, dpi=100)
 
 
