@@ -27,7 +27,7 @@ from model import (  # noqa: E402
     DEFAULT_DATA, DiffusionConfig, DiffusionTransformer, autocast, load_corpus, masked_nll, nelbo, noise_index, q_sample,
 )
 from sample import CommandLine, number, run  # noqa: E402
-from training import make_optimizers, update  # noqa: E402
+from training import keep_freed_memory, make_optimizers, update  # noqa: E402
 
 CONFIG = DiffusionConfig(n_layer=4, n_head=4, n_embd=192)
 
@@ -134,8 +134,7 @@ def sequence_weights(recipe, masked, t):
 
 @contextmanager
 def causal_attention():
-    plain = F.scaled_dot_product_attention
-    with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v: plain(q, k, v, is_causal=True)):
+    with mock.patch("model.attend", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)):
         yield
 
 
@@ -154,7 +153,7 @@ def train(recipe, tokens, characters, seed):
     model = DiffusionTransformer(CONFIG)
     if recipe.dropout:
         for block in model.blocks:
-            for part in (block.attn, block.mlp):
+            for part in (block.attn.c_proj, block.mlp.c_proj):
                 part.register_forward_hook(lambda module, inputs, out: F.dropout(out, recipe.dropout, module.training))
     optimizers = make_optimizers(model, recipe)
     if recipe.optimizer == "adamw":
@@ -192,6 +191,7 @@ def main():
                         "less means more epochs")
     parser.add_argument("--seeds", type=number(int, least=0), nargs="+", default=[0], help="of the weights, crops and masks")
     args = parser.parse_args()
+    keep_freed_memory()
     tokens, val, _ = load_corpus(DEFAULT_DATA, CONFIG)
     tokens = tokens[: int(args.share * len(tokens))]
     print(f"{args.characters} characters a run, {args.characters / len(tokens):.1f} epochs\n\n| change | seed | NELBO | seconds |\n|---|---|---|---|", flush=True)

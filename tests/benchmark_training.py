@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import DEFAULT_DATA, DiffusionConfig, DiffusionTransformer, load_corpus, multiplies_bf16  # noqa: E402
 from sample import CommandLine, number, pick_device, run  # noqa: E402
-from training import backward, draw_batch, hardware, make_optimizers, parse_arguments, update  # noqa: E402
+from training import backward, draw_batch, hardware, keep_freed_memory, make_optimizers, parse_arguments, update  # noqa: E402
 
 CONFIG = DiffusionConfig()
 SIDE = 2048  # of the square matrices
@@ -145,6 +145,7 @@ def main():
     options = parser.parse_args()
     args = parse_arguments(["--batch-size", str(options.batch_size), *["--no-compile"] * options.no_compile])
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(options.device)
     if device.type == "cuda" and world > 1:

@@ -120,6 +120,13 @@ def test_forward_agrees_with_a_plain_implementation():
     torch.testing.assert_close(model(x_t, t), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_logits_are_the_same_with_and_without_gradients():
+    model, x, index = random_model(), torch.randint(1, 128, (2, 32)), torch.tensor([5, 90])
+    with torch.no_grad():
+        fused = model(x, index)
+    torch.testing.assert_close(model(x, index), fused, rtol=1e-4, atol=1e-4)
+
+
 def test_every_position_sees_both_directions():
     model, x = random_model(), torch.randint(1, 128, (1, 32))
     index = torch.tensor([5])
