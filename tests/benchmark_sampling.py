@@ -189,6 +189,8 @@ def frontier_points(temperatures):
         ("top-k 16 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=16), 2, 4, {}),
         ("top-k 16 with Gumbel noise, 2 sweeps of 3", partial(gumbel_top_k, k=16), 2, 3, {}),
         ("top-k 20 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=20), 2, 4, {}),
+        ("top-k 8 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=8), 2, 4, {}),
+        ("top-k 8 with Gumbel noise, 2 sweeps of 6", partial(gumbel_top_k, k=8), 2, 6, {}),
         ("threshold 0.5, 1 sweep of 6", partial(threshold, tau=0.5), 1, 6, {}),
         ("top-k 8, 2 sweeps of 4, blocks of 64", partial(top_k, k=8), 2, 4, medium),
         ("top-k 8, 2 sweeps of 4, blocks of 32", partial(top_k, k=8), 2, 4, small),
@@ -238,8 +240,8 @@ def plot(points, held_out, path):
     axes[0].plot(held_out["distinct"][0], held_out["ngram"][0], "k*", ms=12, label="held-out text")
     axes[1].axhline(held_out["ngram"][0], color="k", lw=0.5)
     axes[2].axhline(held_out["distinct"][0], color="k", lw=0.5)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=7.5)
-    figure.tight_layout(rect=(0, 0.19, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=7)
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
     figure.savefig(path, dpi=100)
 
 
