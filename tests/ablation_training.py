@@ -177,9 +177,10 @@ def train(recipe, tokens, characters, seed):
         loss.backward()
         update(model, optimizers, recipe.grad_clip)
         if recipe.ema:
-            torch._foreach_lerp_(average, list(model.parameters()), 1 - min(recipe.ema, (step + 1) / (step + 10)))
+            weights = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_(average, weights, 1 - min(recipe.ema, (step + 1) / (step + 10)))
     if recipe.ema:
-        torch._foreach_copy_(list(model.parameters()), average)
+        torch._foreach_copy_([p.detach() for p in model.parameters()], average)
     return model
 
 
