@@ -137,7 +137,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v, every query reading every key; (B, H, T, D) like q. Gradients on a
     CPU go through plain products: the fused kernel's backward pass takes up to three times as long."""
     if q.device.type == "cpu" and torch.is_grad_enabled():
-        return (q * q.size(-1) ** -0.5 @ k.mT).softmax(-1) @ v  # (B, H, T, T) in between
+        return ((q * q.size(-1) ** -0.5) @ k.mT).softmax(-1) @ v  # (B, H, T, T) in between
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -160,7 +160,8 @@ def train(recipe, tokens, characters, seed):
         matrices = optimizers[0].param_groups[0]["params"]
         optimizers[0] = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
     peaks = [recipe.muon_learning_rate, recipe.learning_rate]
-    average = [p.detach().clone() for p in model.parameters()]
+    weights = [p.detach() for p in model.parameters()]
+    average = [weight.clone() for weight in weights]
     fast = torch.compile(model)
     B, T = recipe.batch_size, CONFIG.sequence_len
     steps = characters // (B * T)
@@ -177,10 +178,9 @@ def train(recipe, tokens, characters, seed):
         loss.backward()
         update(model, optimizers, recipe.grad_clip)
         if recipe.ema:
-            weights = [p.detach() for p in model.parameters()]
             torch._foreach_lerp_(average, weights, 1 - min(recipe.ema, (step + 1) / (step + 10)))
     if recipe.ema:
-        torch._foreach_copy_([p.detach() for p in model.parameters()], average)
+        torch._foreach_copy_(weights, average)
     return model
 
 

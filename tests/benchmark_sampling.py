@@ -264,7 +264,8 @@ def plain_loop(model, context: str, tau=0.9) -> str:
 @torch.inference_mode()
 def causal_loop(model, context: str, temperature=0.7) -> str:
     """What a causal model of the same trunk would cost: one character a call, the keys and values of all
-    before it kept. These weights were not trained for that: only the time counts, not the text."""
+    before it kept. Those are of blanks here, and these weights were not trained for that: only the time
+    counts, not the text."""
     text = encode_text(context + " " * LENGTH)[None]
     cache, index, generator = [], torch.zeros(1, dtype=torch.long), torch.Generator().manual_seed(0)
     with autocast(text.device):
