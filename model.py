@@ -150,19 +150,15 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, left=None):
-        """The layer's output and the keys and values that it read, (B, H, P + T, D) each: those of the P
-        characters to the left of x, which `left` holds, and its own."""
+    def forward(self, x, cos, sin):
         B, T, C = x.shape
         heads = (B, T, self.n_head, C // self.n_head)
         q = self.c_q(x).view(heads).transpose(1, 2)             # (B, H, T, D)
         k = self.c_k(x).view(heads).transpose(1, 2)             # (B, H, T, D)
         v = self.c_v(x).view(heads).transpose(1, 2)             # (B, H, T, D)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        if left is not None:
-            k, v = torch.cat((left[0], k), 2), torch.cat((left[1], v), 2)
         y = attend(q, k, v)                                     # (B, H, T, D), no mask: both directions
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -181,10 +177,9 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, left=None):
-        y, keys_values = self.attn(norm(x), cos, sin, left)     # (B, T, C)
-        x = x + y                                               # (B, T, C)
-        return x + self.mlp(norm(x)), keys_values               # (B, T, C)
+    def forward(self, x, cos, sin):
+        x = x + self.attn(norm(x), cos, sin)                    # (B, T, C)
+        return x + self.mlp(norm(x))                            # (B, T, C)
 
 
 class DiffusionTransformer(nn.Module):
@@ -216,21 +211,14 @@ class DiffusionTransformer(nn.Module):
                 fan_out, fan_in = parameter.shape
                 nn.init.normal_(parameter, std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cache: list | None = None) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) for every position, from ids x_t (B, T) and noise indices t (B,), which
-        `noise_index` gives. T may be anything up to sequence_len.
-
-        An empty `cache` is filled with the keys and values (B, H, T, D) of every block. One that holds
-        those of P characters stands for them, unchanged, to the left of x_t."""
-        P, T = cache[0][0].size(2) if cache else 0, x_t.size(1)
-        fill = cache == []
+        `noise_index` gives. T may be anything up to sequence_len."""
+        T = x_t.size(1)
         x = self.token_emb(x_t) + self.time_emb(t)[:, None]     # (B, T, C)
         x = norm(x)                                             # (B, T, C)
-        cos, sin = self.cos[P : P + T], self.sin[P : P + T]     # (T, D/2)
-        for i, block in enumerate(self.blocks):
-            x, keys_values = block(x, cos, sin, cache[i] if P else None)
-            if fill:
-                cache.append(keys_values)
+        for block in self.blocks:
+            x = block(x, self.cos[:T], self.sin[:T])            # (B, T, C)
         return self.output_head(norm(x))                        # (B, T, V)
 
 

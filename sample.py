@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (
@@ -117,26 +116,6 @@ def draw(log_p: torch.Tensor, temperature: float, u: torch.Tensor | None) -> tor
     return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1)
 
 
-class PrefixCache:
-    """The network's view of a window whose first `length` characters are known and stay: the first call
-    computes everything, later ones only what comes after them, with the keys and values that the first
-    call found for them. Those do not see what has been revealed since, an approximation (Fast-dLLM, arXiv
-    2505.22618, sec. 3.2) that tests/benchmark_sampling.py measures; a new cache is a refresh."""
-
-    def __init__(self, length: int):
-        self.length, self.blocks = length, []
-
-    def logits(self, model, x, index, live):
-        """(B', T, V) for the rows `live` (B',) of x (B, T), whose noise indices are index (B,); zero in
-        the first `length` columns, which nobody reads, where they were not computed."""
-        if not self.blocks:
-            logits = model(x, index, self.blocks)
-            self.blocks = [(k[:, :, : self.length], v[:, :, : self.length]) for k, v in self.blocks]
-            return logits[live]
-        seen = [(k[live], v[live]) for k, v in self.blocks]
-        return F.pad(model(x[live, self.length :], index[live], seen), (0, 0, self.length, 0))
-
-
 @torch.inference_mode()
 def decode(
     model: DiffusionTransformer,
@@ -144,7 +123,6 @@ def decode(
     rule: Rule,
     temperature: float = 1.0,
     seed: int | torch.Tensor = 0,
-    cache: PrefixCache | None = None,
 ) -> Iterator[torch.Tensor]:
     """The one decoding loop. Yields x (B, T) itself and then every intermediate state; the last one
     has no masked position left.
@@ -152,7 +130,6 @@ def decode(
     x        ids with model.config.mask_token_id wherever a character is wanted; known ones stay
     rule     chooses what to reveal at a step: at least one masked position in every unfinished row
     seed     an int, from which row r gets seed + r, or a seed per row (B,)
-    cache    spares the network what is settled at the left; without it, every step computes all of x
     """
     mask_token_id, T = model.config.mask_token_id, x.size(1)
     seeds = seed + torch.arange(x.size(0), device=x.device) if isinstance(seed, int) else seed
@@ -164,7 +141,7 @@ def decode(
             return
         index = noise_index(masked, model.config.diffusion_steps)             # (B,)
         with autocast(x.device):                                              # (B', T, V)
-            logits = cache.logits(model, x, index, live) if cache else model(x[live], index[live])
+            logits = model(x[live], index[live])
         log_p = log_probs(logits, mask_token_id)
         u = uniform(seeds[live], T, stream=2 * step) if temperature else None
         chosen = draw(log_p, temperature, u)
@@ -186,7 +163,6 @@ class Decoding:
     sweeps: int = 2                 # how often every new character is reconsidered
     sweep_temperature: float = 0.0  # in doing so
     stride: int = 4                 # one character in so many is reconsidered at a time
-    exact: bool = False             # no PrefixCache: the whole window is computed at every call
     block_len: int | None = None    # new characters at a time; None is 128, or less for a short model
     context_len: int | None = None  # characters before them that they are conditioned on; None is 64, or what fits
 
@@ -209,16 +185,13 @@ def complete(model, x, decoding, seeds, region=None) -> Iterator[torch.Tensor]:
     the draft brings the variety, the corrector the spelling."""
     region = x == model.config.mask_token_id if region is None else region
     turn = region.cumsum(1) % decoding.stride
-    settled = int((region.cumsum(1) == 0).all(0).sum())  # columns left of all that may change, in any row
-    fresh_cache = lambda: None if decoding.exact or not settled else PrefixCache(settled)
     everything = lambda proposal: proposal.masked
-    for x in decode(model, x, decoding.rule, decoding.temperature, seeds, fresh_cache()):
+    for x in decode(model, x, decoding.rule, decoding.temperature, seeds):
         yield x
-    cache = fresh_cache()
     for phase in range(decoding.sweeps * decoding.stride):
         again = region & (turn == phase % decoding.stride)
         remasked = x.masked_fill(again, model.config.mask_token_id)
-        for x in decode(model, remasked, everything, decoding.sweep_temperature, seeds + (phase + 1 << 32), cache):
+        for x in decode(model, remasked, everything, decoding.sweep_temperature, seeds + (phase + 1 << 32)):
             yield x
 
 
@@ -391,8 +364,6 @@ def add_decoding_arguments(parser: CommandLine) -> None:
                        "masked again and reconsidered")
     group.add_argument("--sweep-temperature", type=number(float, least=0), default=best.sweep_temperature, help="in doing so")
     group.add_argument("--stride", type=count, default=best.stride, help="one character in so many is reconsidered at a time")
-    group.add_argument("--exact", action="store_true", help="compute the whole window at every call, also the settled "
-                       "characters at its left, whose keys and values are otherwise kept")
 
 
 def pick_decoding(args, block_len: int | None = None, context_len: int | None = None) -> Decoding:
@@ -402,7 +373,7 @@ def pick_decoding(args, block_len: int | None = None, context_len: int | None = 
         "threshold": partial(threshold, tau=args.threshold),
         "ancestral": partial(ancestral, steps=args.steps),
     }[args.method]
-    return Decoding(rule, args.temperature, args.sweeps, args.sweep_temperature, args.stride, args.exact, block_len, context_len)
+    return Decoding(rule, args.temperature, args.sweeps, args.sweep_temperature, args.stride, block_len, context_len)
 
 
 def parse_arguments():

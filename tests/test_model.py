@@ -137,16 +137,6 @@ def test_every_position_sees_both_directions():
         assert (difference > 0).all()
 
 
-@pytest.mark.parametrize("P", [1, 9, 31])
-def test_kept_keys_and_values_stand_for_the_characters_they_came_from(P):
-    model, x, index = random_model(), torch.randint(1, 128, (2, 32)), torch.tensor([5, 90])
-    cache = []
-    expected = model(x, index, cache)
-    torch.testing.assert_close(expected, model(x, index))
-    left = [(k[:, :, :P], v[:, :, :P]) for k, v in cache]
-    torch.testing.assert_close(model(x[:, P:], index, left), expected[:, P:], rtol=1e-4, atol=1e-4)
-
-
 def test_the_time_index_matters():
     model, x = random_model(), torch.randint(1, 128, (1, 32))
     assert not torch.allclose(model(x, torch.tensor([0])), model(x, torch.tensor([127])))

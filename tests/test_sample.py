@@ -4,7 +4,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,7 +17,6 @@ import sample
 from model import BadInput, DiffusionConfig, autocast
 from sample import (
     Decoding,
-    PrefixCache,
     Proposal,
     ancestral,
     complete,
@@ -201,35 +199,6 @@ def test_leftmost_confines_each_step():
             assert set(revealed) <= set(open_before[:3])
 
 
-def network_whose_left_never_changes():
-    """One block without time embedding: a character's keys and values depend on that character alone."""
-    model = random_model(replace(TINY, n_layer=1))
-    with torch.no_grad():
-        model.time_emb.weight.zero_()
-    return model
-
-
-@every_rule
-@pytest.mark.parametrize("length", [1, 10])
-def test_a_cached_prefix_changes_nothing_where_its_keys_and_values_do_not(rule, length):
-    model, x = network_whose_left_never_changes(), partly_masked(4, 32, 0.7, seed=6)
-    x[:, :length] = 65
-    x[1, :30] = 66  # this row is finished long before the others
-    exact = list(decode(model, x, rule, 0.9, seed=2))
-    cached = list(decode(model, x, rule, 0.9, seed=2, cache=PrefixCache(length)))
-    assert len(exact) == len(cached) and all(torch.equal(a, b) for a, b in zip(exact, cached))
-
-
-def test_the_first_call_with_a_cache_is_exact_and_a_later_one_computes_the_rest_alone():
-    model, x, lengths = random_model(), torch.zeros(1, 32, dtype=torch.long), []
-    x[0, :12] = 65
-    model.token_emb.register_forward_hook(lambda module, inputs, out: lengths.append(out.size(1)))
-    cached = list(decode(model, x, partial(top_k, k=4), 0.9, cache=PrefixCache(12)))
-    assert lengths == [32, 20, 20, 20, 20]
-    exact = list(decode(model, x, partial(top_k, k=4), 0.9))
-    assert torch.equal(exact[1], cached[1])
-
-
 # ---- whole texts
 
 
@@ -267,16 +236,6 @@ def test_correcting_at_temperature_one_leaves_the_models_own_distribution_alone(
 
 
 SHORT = dict(block_len=8, context_len=8)
-
-
-def test_exact_decoding_computes_the_whole_window_and_cached_decoding_what_may_change():
-    model, lengths, texts = network_whose_left_never_changes(), [], []
-    model.token_emb.register_forward_hook(lambda module, inputs, out: lengths.append(out.size(1)))
-    for exact, expected in ((True, {16}), (False, {16, 8, 10})):  # 8 new after 8, of which later blocks may change 2
-        lengths.clear()
-        texts.append(list(generate(model, "To be or not", 4, decoding=Decoding(partial(top_k, k=2), exact=exact, **SHORT), seed=1)))
-        assert set(lengths) == expected
-    assert texts[0] == texts[1]
 
 
 def test_generated_blocks_continue_one_another():
