@@ -372,7 +372,8 @@ def train(args):
         network = compiled(model, (example, example[:, 0]), device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
-        network = DistributedDataParallel(network, broadcast_buffers=False)  # the rotary tables never change
+        network = DistributedDataParallel(network)
+        network.broadcast_buffers = False  # the rotary tables never change
 
     rows_log, log_so_far = [], log_path if state or not args.init else args.init.with_suffix(".csv")
     if leader and (state or args.init) and log_so_far.exists():

@@ -80,7 +80,8 @@ def our_step(tokens, args, device, rank=0, world=1):
     optimizers = make_optimizers(model, args)
     network = torch.compile(model) if args.compile is not False else model
     if world > 1:
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = DistributedDataParallel(network)
+        network.broadcast_buffers = False
     generator = torch.Generator(device).manual_seed(args.seed)
 
     def step():
