@@ -192,6 +192,7 @@ def frontier_points(temperatures):
         ("top-k 20 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=20), 2, 4, {}),
         ("top-k 8 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=8), 2, 4, {}),
         ("top-k 8 with Gumbel noise, 2 sweeps of 6", partial(gumbel_top_k, k=8), 2, 6, {}),
+        ("top-k 6 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=6), 2, 4, {}),
         ("threshold 0.5, 1 sweep of 6", partial(threshold, tau=0.5), 1, 6, {}),
         ("top-k 8, 2 sweeps of 4, blocks of 64", partial(top_k, k=8), 2, 4, medium),
         ("top-k 8, 2 sweeps of 4, blocks of 32", partial(top_k, k=8), 2, 4, small),
