@@ -1,4 +1,4 @@
-"""Write text with the diffusion model, or fill the gaps of a given one.
+"""Write text with the diffusion model, or fill the gaps of a given text.
 
     uv run sample.py                                  # 30 windows of 256 characters, streamed
     uv run sample.py --prompt "ROMEO:" --num-blocks 4
@@ -6,49 +6,55 @@
 """
 
 import argparse
-import itertools
+import codecs
 import math
-import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
-
-from model import (
+from model import (  # before torch, for which it sets the environment
+    COUNT,
     DEFAULT_WEIGHTS,
+    SEED,
+    TEMPERATURE,
     BadInput,
+    CommandLine,
     DiffusionTransformer,
+    add_device_argument,
     autocast,
-    best_device,
     decode_tokens,
     encode_text,
     load_weights,
     log_probs,
     multiplies_bf16,
     noise_index,
+    number,
+    pick_device,
+    read_text,
+    run,
 )
 
-# ----------------------------------------------------------------------------------------------------
-# The decoding loop
+import torch
+from tqdm import tqdm
+
+DEFAULT_K, DEFAULT_THRESHOLD, DEFAULT_STEPS = 20, 0.9, 128  # of the methods below
+
+# --------------------------------------------------------------------------------------------------
+# The denoising loop
 
 
 class Proposal(NamedTuple):
-    """What a rule sees at one step; it answers which positions to reveal, (B, T) bool."""
+    """What a rule sees at one step; it answers with the positions to unmask, (B, T) bool."""
 
-    log_p: torch.Tensor     # (B, T, V) the model's log-probabilities, before any temperature
-    chosen: torch.Tensor    # (B, T) the character drawn for every position
-    masked: torch.Tensor    # (B, T) where nothing is revealed yet
-    seeds: torch.Tensor     # (B,)
-    step: int               # 1, 2, ...
-
-    def fate(self) -> torch.Tensor:
-        """Uniform on (0, 1), (B, T), the same at every step."""
-        return uniform(self.seeds, self.chosen.size(1), stream=0)
+    log_p: torch.Tensor         # (B, T, V) the model's log-probabilities, before any temperature
+    chosen: torch.Tensor        # (B, T) the character drawn at every position
+    masked: torch.Tensor        # (B, T)
+    unmask_time: torch.Tensor   # (B, T) uniform on [0, 1), the same at every step
+    generators: list[torch.Generator]  # one per row
 
     def confidence(self) -> torch.Tensor:
         """Probability of the chosen character, (B, T); -1 where nothing is masked."""
@@ -61,26 +67,27 @@ Rule = Callable[[Proposal], torch.Tensor]
 
 def best_k(score: torch.Tensor, k: int) -> torch.Tensor:
     """True at the k highest scores of each row, (B, T)."""
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(min(k, score.size(1))).indices, True)
+    places = score.topk(min(k, score.size(1))).indices
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, places, True)
 
 
 def threshold(proposal: Proposal, tau: float) -> torch.Tensor:
-    """All characters with probability of at least tau, and the surest one in any case.
+    """Every character with probability of at least tau, and the most confident one in any case.
     Fast-dLLM, arXiv 2505.22618."""
     confidence = proposal.confidence()
     return (confidence >= tau) | best_k(confidence, 1)
 
 
 def top_k(proposal: Proposal, k: int) -> torch.Tensor:
-    """The k surest characters. LLaDA, arXiv 2502.09992."""
+    """The k most confident characters. LLaDA, arXiv 2502.09992."""
     return best_k(proposal.confidence(), k)
 
 
 def gumbel_top_k(proposal: Proposal, k: int) -> torch.Tensor:
-    """k characters drawn without replacement in proportion to their confidence, by Gumbel noise on its
-    logarithm (arXiv 1903.06059): the surest still tend to come first, but not always the same ones, so
-    that samples differ more."""
-    u = uniform(proposal.seeds, proposal.chosen.size(1), stream=2 * proposal.step + 1)
+    """k characters drawn without replacement in proportion to their confidence, by adding Gumbel
+    noise to its logarithm (arXiv 1903.06059). The most confident still tend to come first, but not
+    always the same ones, so samples differ more."""
+    u = uniform(proposal.generators, proposal.chosen)
     score = proposal.confidence().clamp(min=1e-9).log() - torch.log(-torch.log(u))
     return best_k(score.masked_fill(~proposal.masked, -math.inf), k)
 
@@ -88,175 +95,177 @@ def gumbel_top_k(proposal: Proposal, k: int) -> torch.Tensor:
 def ancestral(proposal: Proposal, steps: int) -> torch.Tensor:
     """The exact reverse process on a grid of `steps` levels (MDLM, arXiv 2406.07524, eq. 7).
 
-    A position is revealed in the step in which the forward process hid it, and that is uniform over
-    the levels: `fate` decides it once and for all, which is the same in law as tossing a coin of
-    probability 1 / t at every level t, and steps in which nothing would happen cost no network call."""
-    level = (proposal.fate() * steps).long().masked_fill(~proposal.masked, -1)
+    A position is unmasked at the level at which the forward process masked it, which is uniform
+    over the levels. Drawing it once has the same law as tossing a coin of probability 1 / t at
+    every level t, and levels at which nothing happens cost no network call."""
+    level = (proposal.unmask_time * steps).long().masked_fill(~proposal.masked, -1)
     return level == level.amax(1, keepdim=True)
 
 
-def uniform(seeds: torch.Tensor, length: int, stream: int) -> torch.Tensor:
-    """Uniform numbers on (0, 1), (B, length), from row seeds (B,): a hash of seed, stream and position
-    (the finaliser of SplitMix64). A row's numbers so depend on its own seed alone, not on which rows
-    share its batch, which a torch.Generator could not promise."""
-    position = torch.arange(length, device=seeds.device) + (stream << 32)
-    h = seeds[:, None] * -7046029254386353131 + position * -4658895280553007687
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        h = (h ^ (h >> shift & (1 << 64 - shift) - 1)) * factor  # masked: int64 shifts drag the sign along
-    h = h ^ (h >> 31 & (1 << 33) - 1)
-    return ((h >> 40 & (1 << 24) - 1).float() + 0.5) / (1 << 24)
+def everything(proposal: Proposal) -> torch.Tensor:
+    return proposal.masked
+
+
+def row_generators(seed: int, num_rows: int) -> list[torch.Generator]:
+    """Row r draws from a generator of its own, seeded with seed + r: its numbers depend neither on
+    the rows beside it nor, as it lives on the CPU, on the device."""
+    return [torch.Generator().manual_seed(seed + r) for r in range(num_rows)]
+
+
+def uniform(generators: list[torch.Generator], like: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers on [0, 1), of the shape (B, T) and on the device of `like`."""
+    rows = [torch.rand(like.size(1), generator=generator) for generator in generators]
+    return torch.stack(rows).to(like.device)
 
 
 def draw(log_p: torch.Tensor, temperature: float, u: torch.Tensor | None) -> torch.Tensor:
-    """One character id per position, (B, T), from log_p (B, T, V) by inverse transform of u (B, T);
-    temperature 0 is argmax and needs no u."""
+    """One character id per position, (B, T), from log_p (B, T, V), by inverting the distribution
+    function at u (B, T). Temperature 0 is argmax and needs no u."""
     if temperature == 0:
         return log_p.argmax(-1)
-    cdf = (log_p / temperature).softmax(-1).cumsum(-1)                     # (B, T, V)
-    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:]).squeeze(-1)
+    log_p = log_p - log_p.amax(-1, keepdim=True)                    # no overflow when divided
+    cdf = (log_p / max(temperature, 1e-6)).softmax(-1).cumsum(-1)   # (B, T, V)
+    # The first character whose cdf exceeds u; without its last entry, rounding can't leave V - 1
+    u = u[..., None] * cdf[..., -1:]                                # (B, T, 1)
+    return torch.searchsorted(cdf[..., :-1].contiguous(), u, right=True).squeeze(-1)
 
 
 @torch.inference_mode()
-def decode(
+def denoise(
     model: DiffusionTransformer,
     x: torch.Tensor,
     rule: Rule,
-    temperature: float = 1.0,
-    seed: int | torch.Tensor = 0,
+    temperature: float,
+    generators: list[torch.Generator],
 ) -> Iterator[torch.Tensor]:
-    """The one decoding loop. Yields x (B, T) itself and then every intermediate state; the last one
-    has no masked position left.
+    """The one denoising loop. Yields x (B, T) itself and then every state; the last one has no
+    masked position left.
 
-    x        ids with model.config.mask_token_id wherever a character is wanted; known ones stay
-    rule     chooses what to reveal at a step: at least one masked position in every unfinished row
-    seed     an int, from which row r gets seed + r, or a seed per row (B,)
+    x            ids, with model.config.mask_token_id wherever a character is wanted; the rest stays
+    rule         chooses what to unmask: at least one masked position in every unfinished row
+    generators   one per row, from `row_generators`
     """
-    mask_token_id, T = model.config.mask_token_id, x.size(1)
-    seeds = seed + torch.arange(x.size(0), device=x.device) if isinstance(seed, int) else seed
+    mask_token_id = model.config.mask_token_id
+    unmask_time = uniform(generators, x)                                    # (B, T)
     yield x
-    for step in itertools.count(1):
-        masked = x == mask_token_id                                           # (B, T)
-        live = masked.any(1).nonzero().squeeze(1)                             # (B',) rows not finished
+    while True:
+        masked = x == mask_token_id                                         # (B, T)
+        live = masked.any(1).nonzero().squeeze(1)                           # (B',) unfinished rows
         if not len(live):
             return
-        index = noise_index(masked, model.config.diffusion_steps)             # (B,)
-        with autocast(x.device):                                              # (B', T, V)
-            logits = model(x[live], index[live])
-        log_p = log_probs(logits, mask_token_id)
-        u = uniform(seeds[live], T, stream=2 * step) if temperature else None
-        chosen = draw(log_p, temperature, u)
-        reveal = rule(Proposal(log_p, chosen, masked[live], seeds[live], step)) & masked[live]
-        x = x.index_copy(0, live, torch.where(reveal, chosen, x[live]))
+        x_t, masked = x[live], masked[live]                                 # (B', T)
+        live_generators = [generators[r] for r in live.tolist()]
+        with autocast(x.device):
+            logits = model(x_t, noise_index(masked, model.config.diffusion_steps))
+        log_p = log_probs(logits, mask_token_id)                            # (B', T, V)
+        u = uniform(live_generators, x_t) if temperature else None
+        chosen = draw(log_p, temperature, u)                                # (B', T)
+        unmask = rule(Proposal(log_p, chosen, masked, unmask_time[live], live_generators))
+        x = x.index_copy(0, live, torch.where(unmask & masked, chosen, x_t))
         yield x
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whole texts
 
 
 @dataclass
-class Decoding:
-    """How text is made; the defaults are what tests/benchmark_sampling.py found best on the shipped weights."""
+class SamplerConfig:
+    """How text is made. The defaults are what tests/benchmark_sampling.py found best."""
 
-    rule: Rule = partial(gumbel_top_k, k=20)
+    rule: Rule = partial(gumbel_top_k, k=DEFAULT_K)
     temperature: float = 0.6        # of the draft
-    sweeps: int = 2                 # how often every new character is reconsidered
-    sweep_temperature: float = 0.0  # in doing so
-    stride: int = 4                 # one character in so many is reconsidered at a time
-    block_len: int | None = None    # new characters at a time; None is 128, or less for a short model
-    context_len: int | None = None  # characters before them that they are conditioned on; None is 64, or what fits
+    sweeps: int = 2                 # how often the correction redraws every new character
+    sweep_temperature: float = 0.0
+    stride: int = 4                 # each correction call remasks every stride-th character
+    block_len: int | None = None    # new characters at a time; None is 128, or half a short model
+    context_len: int | None = None  # characters that a block sees before it; None is 64, or fewer
 
     def lengths(self, sequence_len: int) -> tuple[int, int]:
-        """Block and context for a model of that sequence length. Raises BadInput where they do not fit."""
-        block_len = self.block_len or min(128, sequence_len // 2)
-        context_len = min(64, sequence_len - block_len) if self.context_len is None else self.context_len
+        """Block and context for a model of that sequence length, or BadInput if they don't fit."""
+        block_len = self.block_len or min(128, max(1, sequence_len // 2))
+        context_len = self.context_len
+        if context_len is None:
+            context_len = max(0, min(64, sequence_len - block_len))
         if context_len + block_len > sequence_len:
-            raise BadInput(f"context {context_len} and block {block_len} exceed the model's {sequence_len} characters")
+            raise BadInput(
+                f"block {block_len} and context {context_len} together exceed the model's "
+                f"sequence length of {sequence_len}"
+            )
         return block_len, context_len
 
 
-def complete(model, x, decoding, seeds, region=None) -> Iterator[torch.Tensor]:
-    """Decodes x (B, T) and then corrects it; yields every state, the last is the result.
+def draft_and_correct(
+    model: DiffusionTransformer,
+    x: torch.Tensor,
+    config: SamplerConfig,
+    generators: list[torch.Generator],
+    region: torch.Tensor | None = None,
+) -> Iterator[torch.Tensor]:
+    """Denoises x (B, T) and then corrects it; yields every state, the last one is the result.
 
-    Characters revealed in the same call do not know of each other. So afterwards every stride-th
-    character of `region` (B, T), by default of what was masked, is masked again and drawn anew given all
-    the others, and so on in turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that
-    takes back each character equally often. Towards temperature 0 that climbs to a likelier text near by:
-    the draft brings the variety, the corrector the spelling."""
+    Characters unmasked in the same call are sampled independently of one another. So every
+    stride-th character of `region` (B, T), by default of what was masked, is then masked again and
+    drawn anew given all the others, each in its turn: Gibbs sampling, a remasking corrector (ReMDM,
+    arXiv 2503.00307) that visits every character equally often. Near temperature 0 it climbs to a
+    likelier text close by. The draft brings the variety, the corrector the spelling."""
     region = x == model.config.mask_token_id if region is None else region
-    turn = region.cumsum(1) % decoding.stride
-    everything = lambda proposal: proposal.masked
-    for x in decode(model, x, decoding.rule, decoding.temperature, seeds):
-        yield x
-    for phase in range(decoding.sweeps * decoding.stride):
-        again = region & (turn == phase % decoding.stride)
-        remasked = x.masked_fill(again, model.config.mask_token_id)
-        for x in decode(model, remasked, everything, decoding.sweep_temperature, seeds + (phase + 1 << 32)):
-            yield x
-
-
-def continue_ids(model, x, num_blocks, decoding, seed=0) -> Iterator[torch.Tensor]:
-    """Continues the ids x (B, T), which may be empty, by num_blocks blocks; yields new ids (B, n) as soon
-    as they are settled. Row r depends on its own ids and on seed + r alone.
-
-    A block is decoded with nothing to its right, so its last quarter is uncertain: the corrector of the
-    next block may still rewrite it, and it is held back until then."""
-    device = x.device
-    block_len, context_len = decoding.lengths(model.config.sequence_len)
-    held = min(block_len // 4, context_len) if decoding.sweeps else 0
-    seeds = seed + torch.arange(x.size(0), device=device)
-    blank = torch.full((x.size(0), block_len), model.config.mask_token_id, device=device)
-    settled = x.size(1)
-    for block in range(num_blocks):
-        context = x[:, max(0, x.size(1) - context_len) :]
-        window = torch.cat([context, blank], 1)
-        open_from = settled - (x.size(1) - context.size(1))     # where in the window the unsettled part begins
-        region = (torch.arange(window.size(1), device=device) >= open_from).expand_as(window)
-        *_, done = complete(model, window, decoding, seeds + (block << 40), region)
-        x = torch.cat([x[:, : x.size(1) - context.size(1)], done], 1)
-        until = x.size(1) - (held if block < num_blocks - 1 else 0)
-        yield x[:, settled:until]
-        settled = until
+    turn = region.cumsum(1) % config.stride
+    for x_t in denoise(model, x, config.rule, config.temperature, generators):
+        yield x_t
+    for phase in range(config.sweeps * config.stride):
+        remask = region & (turn == phase % config.stride)
+        x = x_t.masked_fill(remask, model.config.mask_token_id)
+        for x_t in denoise(model, x, everything, config.sweep_temperature, generators):
+            yield x_t
 
 
 def generate(
     model: DiffusionTransformer,
-    prompt: str = "",
-    num_blocks: int = 8,
-    num_samples: int = 1,
-    decoding: Decoding = Decoding(),
-    seed: int = 0,
-) -> Iterator[list[str]]:
-    """Continues `prompt`; yields, block after block, the new text of each of num_samples samples.
+    x: torch.Tensor,
+    num_blocks: int,
+    config: SamplerConfig,
+    generators: list[torch.Generator],
+) -> Iterator[torch.Tensor]:
+    """Continues the ids x (B, T), where T may be 0, by num_blocks blocks. Yields new ids (B, n) as
+    soon as they are final. Raises BadInput if block and context exceed the model's sequence length.
 
-    Sample i is the same whatever num_samples is. Raises BadInput for a prompt with characters outside the
-    vocabulary, and where context and block exceed sequence_len."""
-    config, device = model.config, next(model.parameters()).device
-    ids = encode_text(prompt, config.vocab_size, config.mask_token_id).to(device)
-    for new in continue_ids(model, ids.expand(num_samples, -1), num_blocks, decoding, seed):
-        yield [decode_tokens(row) for row in new]
+    A block is drafted with nothing to its right, so its last quarter is uncertain. It is held back
+    until the next block exists, whose corrector may still change it."""
+    block_len, context_len = config.lengths(model.config.sequence_len)
+    held = min(block_len // 4, context_len) if config.sweeps else 0
+    blank = torch.full((x.size(0), block_len), model.config.mask_token_id, device=x.device)
+    final = x.size(1)
+    for block in range(num_blocks):
+        start = max(0, x.size(1) - context_len)                     # of the window, within x
+        window = torch.cat([x[:, start:], blank], 1)
+        region = torch.arange(window.size(1), device=x.device) >= final - start
+        *_, window = draft_and_correct(model, window, config, generators, region.expand_as(window))
+        x = torch.cat([x[:, :start], window], 1)
+        end = x.size(1) - (held if block < num_blocks - 1 else 0)
+        yield x[:, final:end]
+        final = end
 
 
 def infill(
     model: DiffusionTransformer,
     text: str,
-    num_samples: int = 1,
-    decoding: Decoding = Decoding(),
-    seed: int = 0,
+    num_samples: int,
+    config: SamplerConfig,
+    seed: int,
 ) -> list[str]:
-    """`text` with every underscore replaced by the model, once for each of num_samples samples;
-    everything else stays as it is. Raises BadInput for characters outside the vocabulary.
+    """`text` with every underscore replaced by the model, once for each of num_samples samples.
+    Raises BadInput for characters outside the vocabulary.
 
-    A text longer than sequence_len is filled from left to right, window by window: each starts a
-    quarter of a window before the first open gap, and what it puts into its own last quarter is thrown
-    away unless the text ends there, because characters beyond that edge have not been seen."""
-    config, device = model.config, next(model.parameters()).device
-    length = config.sequence_len
-    x = encode_text(text, config.vocab_size, config.mask_token_id).to(device)
-    x = x.masked_fill(x == ord("_"), config.mask_token_id)
-    gaps = (x == config.mask_token_id).nonzero().flatten().tolist()
+    A text longer than sequence_len is filled from left to right, window by window. Each window
+    starts a quarter of its length before the first open gap. What it puts into its own last quarter
+    is discarded unless the text ends there, because it has not seen what lies beyond."""
+    length, mask_token_id = model.config.sequence_len, model.config.mask_token_id
+    x = encode_text(text, model.config.vocab_size, mask_token_id)
+    x = x.masked_fill(x == ord("_"), mask_token_id).to(next(model.parameters()).device)
+    gaps = (x == mask_token_id).nonzero().flatten().tolist()
     x = x.repeat(num_samples, 1)
-    seeds = seed + torch.arange(num_samples, device=device)
+    generators = row_generators(seed, num_samples)
     done = 0
     for gap in gaps:
         if gap < done:
@@ -264,14 +273,14 @@ def infill(
         start = max(0, min(gap - length // 4, x.size(1) - length))
         stop = min(start + length, x.size(1))
         done = stop if stop == x.size(1) else stop - length // 4
-        *_, filled = complete(model, x[:, start:stop], decoding, seeds + (gap << 40))
+        *_, filled = draft_and_correct(model, x[:, start:stop], config, generators)
         x[:, start:done] = filled[:, : done - start]
     return [decode_tokens(row) for row in x]
 
 
 def load_for_sampling(path: Path, device: torch.device) -> DiffusionTransformer:
-    """The model of `load_weights`, its matrices stored as bfloat16 where the hardware multiplies that:
-    autocast would convert them at every call, to the same numbers."""
+    """The model of `load_weights`, its matrices stored as bfloat16 where the hardware multiplies
+    that. Autocast would convert them at every call, to the same numbers."""
     model, _ = load_weights(path, device)
     if multiplies_bf16(device):
         for module in model.modules():
@@ -280,162 +289,150 @@ def load_for_sampling(path: Path, device: torch.device) -> DiffusionTransformer:
     return model
 
 
-# ----------------------------------------------------------------------------------------------------
-# The command line, whose pieces training.py and animations/ share
+# --------------------------------------------------------------------------------------------------
+# The command line, parts of which the animations share
 
-
-class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults and answers bad input with one line and exit code 2."""
-
-    def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=HelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
-
-
-def number(kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf):
-    """An argparse type: a finite number in the given range."""
-    limits = [f"at least {least}"] * (least > -math.inf) + [f"above {above}"] * (above > -math.inf)
-    wanted = " and ".join([*limits, *[f"at most {most}"] * (most < math.inf)])
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and least <= value <= most and value > above):
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {wanted}".rstrip())
-        return value
-
-    return parse
-
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA, then Apple's MPS, then the CPU. Raises BadInput for what is not there."""
-    if name == "auto":
-        return best_device()
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise BadInput(f"--device {name}: no such device here (use auto, cpu, cuda or mps, as the machine has)")
-    return device
-
-
-def run(main: Callable[[], None]) -> None:
-    """Calls main; bad input and failing files end in one line and exit code 2, a closed pipe quietly."""
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit flush is quiet too
-    except (BadInput, OSError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # a progress bar may stand on the line
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+METHOD_FLAGS = {"gumbel-top-k": "k", "top-k": "k", "threshold": "threshold", "ancestral": "steps"}
 
 
 def add_model_arguments(parser: CommandLine) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to load")
-    group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    group.add_argument("--seed", type=number(int, least=0, most=2**31), default=1337, help="of everything that is drawn")
+    add_device_argument(group)
+    group.add_argument("--seed", type=SEED, default=1337, help="random seed")
 
 
-def add_decoding_arguments(parser: CommandLine) -> None:
-    count, best = number(int, least=1), Decoding()
-    group = parser.add_argument_group("decoding")
-    group.add_argument("--method", choices=["gumbel-top-k", "top-k", "threshold", "ancestral"], default="gumbel-top-k",
-                       help="which characters a step reveals: k drawn in proportion to how sure they are, the k surest, "
-                       "those above a confidence, or what the exact reverse diffusion does")
-    group.add_argument("--k", type=count, default=best.rule.keywords["k"], help="gumbel-top-k and top-k: characters a step")
-    group.add_argument("--threshold", type=number(float, above=0, most=1), default=0.9, help="threshold: least probability")
-    group.add_argument("--steps", type=count, default=128, help="ancestral: levels of the reverse process")
-    group.add_argument("--temperature", type=number(float, least=0), default=best.temperature, help="of the draft; 0 always "
-                       "takes the likeliest character")
-    group.add_argument("--sweeps", type=number(int, least=0), default=best.sweeps, help="how often every new character is "
-                       "masked again and reconsidered")
-    group.add_argument("--sweep-temperature", type=number(float, least=0), default=best.sweep_temperature, help="in doing so")
-    group.add_argument("--stride", type=count, default=best.stride, help="one character in so many is reconsidered at a time")
+def add_sampler_arguments(parser: CommandLine) -> None:
+    add = parser.add_argument_group("sampling").add_argument
+    default = SamplerConfig()
+    add("--method", choices=METHOD_FLAGS, default="gumbel-top-k",
+        help="which characters a step unmasks: k drawn in proportion to confidence, the k most "
+        "confident, those above a confidence, or those of the exact reverse process")
+    add("--k", type=COUNT,
+        help=f"gumbel-top-k and top-k: characters per step (default: {DEFAULT_K})")
+    add("--threshold", type=number(float, above=0, most=1),
+        help=f"threshold: least confidence (default: {DEFAULT_THRESHOLD})")
+    add("--steps", type=number(int, least=1, most=10**6),
+        help=f"ancestral: levels of the reverse process (default: {DEFAULT_STEPS})")
+    add("--temperature", type=TEMPERATURE, default=default.temperature,
+        help="temperature of the draft; 0 always takes the likeliest character")
+    add("--sweeps", type=number(int, least=0, most=10**6), default=default.sweeps,
+        help="how often the correction redraws every new character")
+    add("--sweep-temperature", type=TEMPERATURE, default=default.sweep_temperature,
+        help="temperature of the correction sweeps")
+    add("--stride", type=COUNT, default=default.stride,
+        help="each correction call remasks every stride-th character")
 
 
-def pick_decoding(args, block_len: int | None = None, context_len: int | None = None) -> Decoding:
+def sampler_config(args: argparse.Namespace, **lengths: int | None) -> SamplerConfig:
+    """What the flags ask for. Raises BadInput for one that the method does not use."""
+    used = METHOD_FLAGS[args.method]
+    for name in ("k", "threshold", "steps"):
+        if name != used and getattr(args, name) is not None:
+            raise BadInput(f"--{name} has no effect with --method {args.method}, but --{used} has")
     rule = {
-        "gumbel-top-k": partial(gumbel_top_k, k=args.k),
-        "top-k": partial(top_k, k=args.k),
-        "threshold": partial(threshold, tau=args.threshold),
-        "ancestral": partial(ancestral, steps=args.steps),
+        "gumbel-top-k": partial(gumbel_top_k, k=args.k or DEFAULT_K),
+        "top-k": partial(top_k, k=args.k or DEFAULT_K),
+        "threshold": partial(threshold, tau=args.threshold or DEFAULT_THRESHOLD),
+        "ancestral": partial(ancestral, steps=args.steps or DEFAULT_STEPS),
     }[args.method]
-    return Decoding(rule, args.temperature, args.sweeps, args.sweep_temperature, args.stride, block_len, context_len)
+    return SamplerConfig(
+        rule, args.temperature, args.sweeps, args.sweep_temperature, args.stride, **lengths
+    )
 
 
-def parse_arguments():
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(__doc__)
-    count = number(int, least=1)
-    group = parser.add_argument_group("text")
-    group.add_argument("--prompt", default="", help="text to continue")
-    group.add_argument("--prompt-file", type=Path, help="file whose text is the prompt")
-    group.add_argument("--infill", metavar="TEXT", help="fill every underscore of TEXT, or of stdin where TEXT is -")
-    group.add_argument("--num-blocks", type=count, help="blocks to write (default: 30 sequence lengths of text)")
-    group.add_argument("--num-samples", type=count, default=1, help="texts to write, all in one batch")
-    group.add_argument("--block-len", type=count, help="characters per block (default: 128, or half the model's sequence "
-                       "length where that is less)")
-    group.add_argument("--context-len", type=number(int, least=0), help="characters before a block that it is "
-                       "conditioned on (default: 64, or what fits)")
-    add_decoding_arguments(parser)
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt", help="text to continue")
+    add("--prompt-file", type=Path, help="file whose text is the prompt, or the rest of it")
+    add("--infill", metavar="TEXT", help="fill every underscore of TEXT, or of stdin if TEXT is -")
+    add("--num-blocks", type=COUNT, help="blocks to write (default: 30 sequence lengths of text)")
+    add("--num-samples", type=number(int, least=1, most=10_000), default=1,
+        help="texts to write, all in one batch")
+    add("--block-len", type=COUNT,
+        help="characters per block (default: 128, or half the model's sequence length if that is "
+        "less)")
+    add("--context-len", type=number(int, least=0, most=10**9),
+        help="characters before a block that it is conditioned on (default: 64, or what fits)")
+    add_sampler_arguments(parser)
     add_model_arguments(parser)
-    args = parser.parse_args()
-    try:
-        if args.prompt_file:
-            args.prompt += args.prompt_file.read_text("utf-8")
-        if args.infill == "-":
-            args.infill = sys.stdin.read()
-    except UnicodeDecodeError:
-        raise BadInput(f"{args.prompt_file or 'stdin'}: not UTF-8 text")
+    args = parser.parse_args(argv)
+    if args.infill is not None:
+        for name in ("prompt", "prompt_file", "num_blocks", "block_len", "context_len"):
+            if getattr(args, name) is not None:
+                raise BadInput(f"--{name.replace('_', '-')} has no effect with --infill")
+    if args.infill == "-":
+        args.infill = read_stdin()
+    args.prompt = args.prompt or ""
+    if args.prompt_file:
+        args.prompt += read_text(args.prompt_file)[0]
     return args
 
 
-def main():
-    args = parse_arguments()
+def read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"stdin: not UTF-8 text (byte {error.start})") from error
+    except AttributeError as error:  # None, where the process has no stdin
+        raise BadInput("stdin is closed") from error
+
+
+class CallCounter:
+    """A forward hook that counts network calls, on a progress bar if it gets one."""
+
+    def __init__(self, bar: tqdm | None = None):
+        self.n, self.bar = 0, bar
+
+    def __call__(self, *_):
+        self.n += 1
+        if self.bar is not None:
+            self.bar.update()
+
+
+def write_blocks(model: DiffusionTransformer, args: argparse.Namespace) -> Iterator[list[str]]:
+    """The new text of each sample, block by block."""
+    config, ids = model.config, encode_text(args.prompt, model.config.vocab_size)
+    x = ids.to(next(model.parameters()).device).expand(args.num_samples, -1)
+    how = sampler_config(args, block_len=args.block_len, context_len=args.context_len)
+    block_len, _ = how.lengths(config.sequence_len)
+    num_blocks = args.num_blocks or max(1, 30 * config.sequence_len // block_len)
+    # A character of several bytes may lie across the edge of two blocks
+    utf8 = [codecs.getincrementaldecoder("utf-8")("replace") for _ in x]
+    for new in generate(model, x, num_blocks, how, row_generators(args.seed, len(x))):
+        yield [d.decode(bytes(row)) for d, row in zip(utf8, new.tolist(), strict=True)]
+    yield [d.decode(b"", final=True) for d in utf8]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     model = load_for_sampling(args.weights, pick_device(args.device))
-    decoding = pick_decoding(args, args.block_len, args.context_len)
-    bar = tqdm(unit=" calls", desc="network", disable=None, leave=False)  # None: silent unless stderr is a terminal
-    n_calls = 0
-
-    def count(*_):
-        nonlocal n_calls
-        n_calls += 1
-        bar.update()
-
-    model.register_forward_hook(count)
-    started, written = time.monotonic(), 0
+    bar = tqdm(unit=" calls", desc="network", disable=None, leave=False)  # None: terminals only
+    calls = CallCounter(bar)
+    model.register_forward_hook(calls)
+    started, written = time.perf_counter(), 0
     if args.infill is not None:
-        texts = infill(model, args.infill, args.num_samples, decoding, args.seed)
+        texts = infill(model, args.infill, args.num_samples, sampler_config(args), args.seed)
         written = args.infill.count("_") * args.num_samples
         print(texts[0])
     else:
-        block_len, _ = decoding.lengths(model.config.sequence_len)
-        num_blocks = args.num_blocks or 30 * model.config.sequence_len // block_len
         texts = [args.prompt] * args.num_samples
-        for block in generate(model, args.prompt, num_blocks, args.num_samples, decoding, args.seed):
+        for new in write_blocks(model, args):
             bar.clear()
-            print((args.prompt if written == 0 else "") + block[0], end="", flush=True)  # the others follow when this one is whole
-            texts = [text + new for text, new in zip(texts, block)]
-            written += sum(map(len, block))
+            # The first sample is streamed; the others follow when it is complete
+            print((args.prompt if written == 0 else "") + new[0], end="", flush=True)
+            texts = [text + more for text, more in zip(texts, new, strict=True)]
+            written += sum(map(len, new))
         print()
     for i, text in enumerate(texts[1:], start=2):
         print(f"\n----- sample {i} -----\n{text}")
-    seconds = time.monotonic() - started
+    seconds = max(time.perf_counter() - started, 1e-9)
     bar.close()
-    print(f"{written} characters in {seconds:.1f} s: {written / seconds:.0f} characters per second, "
-          f"{n_calls} network calls", file=sys.stderr)
+    print(
+        f"{written} characters in {seconds:.1f} s: {written / seconds:.0f} characters per second, "
+        f"{calls.n} network calls", file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Train the diffusion model on a text file, on one CPU, one GPU, or several.
 
-    uv run training.py                                               # 20,000 steps of 64 x 256 characters
-    uv run training.py --max-minutes 120 --batch-size 32             # what two hours can buy
-    uv run torchrun --standalone --nproc_per_node=4 training.py      # the same run on four GPUs
-    uv run training.py --resume                                      # go on after Ctrl-C, SIGTERM or a crash
-    uv run training.py --init weights/diffusion_model.pt --data my.txt --weights weights/my.pt   # start from trained weights
-    uv run training.py --eval-only                                   # measure the weights that are there
+    uv run training.py                                           # 20,000 steps of 64 x 256
+    uv run training.py --max-minutes 120 --batch-size 32         # as much as two hours can buy
+    uv run torchrun --standalone --nproc_per_node=4 training.py  # the same run on four GPUs
+    uv run training.py --resume                                  # after Ctrl-C, SIGTERM, a crash
+    uv run training.py --init weights/diffusion_model.pt --data my.txt --weights weights/my.pt
+    uv run training.py --eval-only                               # measure the weights
 
-Beside the weights, X.pt, a run keeps X.state.pt, from which --resume goes on (sample.py reads it too),
-and its log, X.state.csv. X.pt, and X.csv with it, is written whenever the validation NELBO is lower than
-every one before, including that of the X.pt that the run found: only better weights ever replace it.
+Beside the weights X.pt, a run keeps its state X.state.pt, from which --resume continues (sample.py
+reads it too), and its log X.state.csv. It writes X.pt, and X.csv with it, whenever the validation
+NELBO falls below that of every evaluation before and of the X.pt that it found there.
 """
 
+import argparse
 import csv
 import ctypes
 import math
@@ -22,100 +23,134 @@ import shutil
 import signal
 import sys
 import time
-import warnings
-from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+
+from model import (  # before torch, for which it sets the environment
+    COUNT,
+    DEFAULT_DATA,
+    DEFAULT_WEIGHTS,
+    EVALUATION_LIMIT,
+    SEED,
+    BadInput,
+    CommandLine,
+    DiffusionConfig,
+    DiffusionTransformer,
+    add_device_argument,
+    autocast,
+    decode_tokens,
+    hardware,
+    load_corpus,
+    load_weights,
+    log_probs,
+    masked_nll,
+    multiplies_bf16,
+    nelbo,
+    noise_index,
+    number,
+    pick_device,
+    q_sample,
+    read_checkpoint,
+    replace,
+    run,
+    save_atomically,
+    save_weights,
+    warn,
+)
+from sample import denoise, draw, load_for_sampling, row_generators, top_k
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (
-    DEFAULT_DATA,
-    DEFAULT_WEIGHTS,
-    BadInput,
-    DiffusionConfig,
-    DiffusionTransformer,
-    autocast,
-    decode_tokens,
-    load_corpus,
-    load_weights,
-    masked_nll,
-    multiplies_bf16,
-    nelbo,
-    noise_index,
-    q_sample,
-    read_checkpoint,
-    save_atomically,
-    save_weights,
-)
-from sample import CommandLine, decode, number, pick_device, run, top_k
-
-MAY_CHANGE_ON_RESUME = {"compile", "eval_interval", "micro_batch_size"}
+WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
+GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
+PREFIX_RATE = 0.25  # share of the sequences with a clean prefix, as sampling has one
+SPREAD = 1.0, 1.7   # width in logits of the bell from which t is drawn, at the start and the end
+OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it
+TEACHER_SHARE = 0.5  # of the loss, where there are teachers; the rest is the text's
+REFILL_RATE = 0.5   # share of the sequences in which a teacher writes some of the context first
+AGREE_INTERVAL = 10  # steps between two agreements among processes on the clock and on stopping
+LOG_INTERVAL = 20   # steps between two looks at the loss on a GPU, which it has to wait for
+NOT_SETTINGS = {"data", "weights", "device", "resume", "eval_only"}
+MAY_CHANGE_ON_RESUME = {"compile", "eval_interval"}
+QUICK = {"passes": 4, "windows": 64, "seed": 0}  # the same crops and masks at every evaluation
 
 
-def parse_arguments(words=None):
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. A run that is resumed, or starts from weights, takes that file's settings for its
+    defaults; BadInput where a flag contradicts them."""
     parser = CommandLine(__doc__)
-    count = number(int, least=1)
-    group = parser.add_argument_group("files")
-    group.add_argument("--data", type=Path, default=DEFAULT_DATA, help="text to learn; its last 10%% is for validation")
-    group.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write (or to measure)")
-    group.add_argument("--init", type=Path, metavar="WEIGHTS", help="start from these weights instead of random ones, "
-                       "with fresh optimizers; the log goes on from theirs")
-    group = parser.add_argument_group("network and diffusion")
-    group.add_argument("--sequence-len", type=count, default=256, help="characters per sequence")
-    group.add_argument("--vocab-size", type=count, default=128, help="byte values: 128 is ASCII, 256 any UTF-8 text")
-    group.add_argument("--n-layer", type=count, default=6, help="transformer blocks")
-    group.add_argument("--n-head", type=count, default=6, help="attention heads")
-    group.add_argument("--n-embd", type=count, default=384, help="channels")
-    group.add_argument("--diffusion-steps", type=count, default=128, help="noise levels")
-    group.add_argument("--context-len", type=number(int, least=0), default=16, help="longest clean prefix of a sequence")
-    group = parser.add_argument_group("optimization")
-    group.add_argument("--steps", type=count, default=20000, help="optimizer steps")
-    group.add_argument("--max-minutes", type=number(float, above=0), help="let the learning rate follow the clock, "
-                       "compilation and evaluation counted, and stop after so many minutes instead of --steps")
-    group.add_argument("--batch-size", type=count, default=64, help="sequences per step, over all processes")
-    group.add_argument("--micro-batch-size", type=count, help="sequences per forward pass of a process, where a whole "
-                       "batch needs too much memory (default: all of the process's share)")
-    group.add_argument("--learning-rate", type=number(float, above=0), default=3e-3, help="AdamW: embeddings and head")
-    group.add_argument("--muon-learning-rate", type=number(float, above=0), default=0.02, help="Muon: block matrices")
-    group.add_argument("--weight-decay", type=number(float, least=0), default=0.0, help="of the block matrices, "
-                       "per step and unit of learning rate")
-    group.add_argument("--warmup", type=number(float, least=0, most=1), default=0.01, help="share of the run in which "
-                       "the learning rate rises")
-    group.add_argument("--decay", type=number(float, least=0, most=1), default=0.5, help="share of the run in which "
-                       "the learning rate falls to zero")
-    group.add_argument("--grad-clip", type=number(float, above=0), default=1.0, help="largest gradient norm")
-    group.add_argument("--prefix-rate", type=number(float, least=0, most=1), default=0.25, help="share of the sequences "
-                       "with a clean prefix of 1 to --context-len characters")
-    group.add_argument("--noise-spread", type=number(float, above=0), default=1.0, help="width of the bell from which "
-                       "t is drawn, in logits; at 1.7 it is nearly flat")
-    group.add_argument("--opening", type=number(float, least=0, most=1), default=0.5, help="share of the run in which "
-                       "the range of t widens from 40%% to all of it")
-    group.add_argument("--seed", type=number(int, least=0), default=1337, help="of the weights, crops and masks")
-    group = parser.add_argument_group("running")
-    group.add_argument("--eval-interval", type=count, default=250, help="steps between evaluations and saves")
-    group.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    group.add_argument("--compile", action="store_true", default=None, help="use torch.compile (default: except on MPS)")
-    group.add_argument("--no-compile", action="store_false", dest="compile", default=None, help="run eagerly: no wait at the start")
-    group.add_argument("--resume", action="store_true", help="go on from X.state.pt, with the settings of that run")
-    group.add_argument("--eval-only", action="store_true", help="print the validation NELBO of --weights and stop")
-    args = parser.parse_args(words)
-    args.context_len = min(args.context_len, args.sequence_len - 1)
-    defaults = {action.dest: action.default for action in parser._actions}
-    args.given = {name for name, value in vars(args).items() if value != defaults.get(name)}
+    add = parser.add_argument_group("files").add_argument
+    add("--data", type=Path, default=DEFAULT_DATA, help="text to learn; its last 10%% validates")
+    add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write (or to measure)")
+    add("--init", metavar="WEIGHTS", help="start from these weights instead of random "
+        "ones, with fresh optimizers; the log continues theirs")
+    add("--teachers", nargs="+", metavar="WEIGHTS", help="learn from these models' "
+        "probabilities too (distillation)")
+    add = parser.add_argument_group("network and diffusion").add_argument
+    size = DiffusionConfig()
+    add("--sequence-len", type=COUNT, default=size.sequence_len, help="characters per sequence")
+    add("--vocab-size", type=COUNT, default=size.vocab_size,
+        help="byte values: 128 is ASCII, 256 any UTF-8 text")
+    add("--n-layer", type=number(int, 1, 1000), default=size.n_layer, help="transformer blocks")
+    add("--n-head", type=COUNT, default=size.n_head, help="attention heads")
+    add("--n-embd", type=COUNT, default=size.n_embd, help="channels")
+    add("--diffusion-steps", type=COUNT, default=size.diffusion_steps, help="noise levels")
+    add("--context-len", type=number(int, 0, 10**9), default=size.context_len,
+        help="longest clean prefix of a sequence")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=COUNT, default=20_000, help="optimizer steps")
+    add("--max-minutes", type=number(float, above=0), help="let the learning rate follow the "
+        "clock, compilation and evaluation included, and stop after so many minutes, not --steps")
+    add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
+    rate = number(float, above=0, most=1e37)  # so that float32 holds it
+    add("--learning-rate", type=rate, default=3e-3,
+        help="peak for AdamW: embeddings and output head")
+    add("--muon-learning-rate", type=rate, default=0.02,
+        help="peak for Muon: block matrices")
+    add("--weight-decay", type=number(float, least=0, most=1e30), default=0.0,
+        help="of the block matrices, per step and unit of learning rate")
+    add("--decay", type=number(float, least=0, most=1), default=0.5,
+        help="share of the run in which the learning rate falls to zero")
+    add("--seed", type=SEED, default=1337, help="random seed")
+    add = parser.add_argument_group("running").add_argument
+    add("--eval-interval", type=COUNT, default=250, help="steps between evaluations and saves")
+    add_device_argument(parser)
+    add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile, which pays "
+        "off after a minute (default: except on MPS)")
+    add("--resume", action="store_true", help="continue X.state.pt with the settings of that run")
+    add("--eval-only", action="store_true", help="print the validation NELBO of --weights")
+    args = parser.parse_args(argv)
+    if args.resume:
+        state = Files(args.weights).state
+        settings, source = read_state(state)["args"], f"the run to resume, {state},"
+        hint = "; to train it further: --init"
+    elif args.init:
+        settings, source = read_checkpoint(args.init)["config"], f"--init {args.init}"
+        settings, hint = {name: settings[name] for name in settings if name in args}, ""
+    else:
+        return args
+    parser.set_defaults(**settings)
+    args = parser.parse_args(argv)
+    for name in settings.keys() - MAY_CHANGE_ON_RESUME:
+        value = getattr(args, name)
+        if value != settings[name]:
+            flag = name.replace("_", "-")
+            raise BadInput(f"--{flag} {value}: {source} has {settings[name]}{hint}")
     return args
 
 
-# ----------------------------------------------------------------------------------------------------
-# Muon
+# --------------------------------------------------------------------------------------------------
+# Optimizers
 
 
-def orthogonalize(matrices, dtype, steps=5):
-    """The nearest semi-orthogonal matrices, roughly: singular values of (N, rows, cols) moved to about 1
-    by Newton-Schulz iteration. Quintic coefficients: kellerjordan.github.io/posts/muon."""
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
+    """Roughly the nearest semi-orthogonal matrices: Newton-Schulz iteration moves the singular
+    values of (N, rows, columns) to about 1. Coefficients: kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(1) > matrices.size(2)
     X = (matrices.mT if tall else matrices).to(dtype)
@@ -127,12 +162,15 @@ def orthogonalize(matrices, dtype, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized. The same update as torch.optim.Muon (which the tests compare it with),
-    but all matrices of a shape go through one batched iteration, and in float32 where the hardware does
-    not multiply bfloat16: there torch's version, bfloat16 only, takes a minute a step."""
+    """Momentum, orthogonalized: the update of torch.optim.Muon. But all matrices of a shape go
+    through one batched iteration, and in float32 where the hardware does not multiply bfloat16.
+    torch's version always uses bfloat16, whose emulation takes a minute a step."""
 
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -140,111 +178,306 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
-            for (rows, cols), params in by_shape.items():
-                for p in params:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                nesterov = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params])
+            for (rows, columns), params in by_shape.items():
+                grads = [p.grad for p in params]
+                momenta = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                nesterov = torch.stack(grads).lerp_(torch.stack(momenta), group["momentum"])
                 dtype = torch.bfloat16 if multiplies_bf16(nesterov.device) else torch.float32
                 updates = orthogonalize(nesterov, dtype).to(nesterov.dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
+                scale = max(1, rows / columns) ** 0.5
+                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
 
 
-def make_optimizers(model, args):
-    """nanochat's split: Muon for the matrices of the blocks, AdamW for the embeddings and the output head."""
+def make_optimizers(
+    model: DiffusionTransformer, args: argparse.Namespace
+) -> list[torch.optim.Optimizer]:
+    """nanochat's split: Muon for the matrices of the blocks, AdamW for embeddings and output head.
+    Every group remembers its peak learning rate."""
     matrices = list(model.blocks.parameters())
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
-    return [
-        Muon(matrices, lr=args.muon_learning_rate, weight_decay=args.weight_decay),
-        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=others[0].is_cuda),
+    optimizers = [
+        Muon(matrices, args.muon_learning_rate, args.weight_decay),
+        torch.optim.AdamW(
+            others, args.learning_rate, (0.9, 0.95), weight_decay=0.0, fused=others[0].is_cuda
+        ),
     ]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Data, gradients and measures
-
-
-def draw_batch(train, config, args, generator, progress=1.0):
-    """The global batch of a step: x_0, x_t, masked (B, T), noise indices and loss weights (B,), on the
-    device.
-
-    Every process draws all of it from the same seed and keeps its own rows, so that the batch does not
-    depend on their number. t / S follows a logit-normal bell around 1/2, where a sequence has both
-    something to read and something to predict (arXiv 2605.13026), and is stratified over the batch: one
-    draw from each of B equally likely parts. It opens from 40% of its range to all of it over the first
-    `args.opening` of the run: characters with many visible neighbours teach the most at first.
-
-    The loss is a weighted mean of the sequences' `masked_nll`. Equal weights would be the bound itself
-    (RADD, arXiv 2406.03736), whose gradient is noisy: a sequence with one masked character counts as
-    much as one with 256. Weights proportional to the square root of the masked count trade a little of
-    the objective for much less noise, and end at a lower bound after the same number of characters."""
-    B, T, device = args.batch_size, config.sequence_len, train.device
-    rand = lambda: torch.rand(B, generator=generator, device=device)
-    starts = torch.randint(len(train) - T + 1, (B,), generator=generator, device=device)
-    x_0 = train[starts[:, None] + torch.arange(T, device=device)]
-    strata = torch.randperm(B, generator=generator, device=device)
-    quantile = ((strata + rand()) / B).clamp(1e-4, 1 - 1e-4)
-    opened = min(1.0, 0.4 + 0.6 * progress / args.opening) if args.opening else 1.0
-    noise = torch.sigmoid(args.noise_spread * torch.special.ndtri(quantile)) * opened
-    t = (noise * config.diffusion_steps).long() + 1
-    prefix_len = (1 + rand() * config.context_len).long().clamp(max=config.context_len)
-    prefix_len = prefix_len * (rand() < args.prefix_rate)
-    x_t, masked = q_sample(x_0, t, config, generator, prefix_len)
-    weight = masked.sum(1).float().sqrt()
-    return x_0, x_t, masked, noise_index(masked, config.diffusion_steps), weight / weight.sum().clamp(min=1.0)
-
-
-def backward(network, batch, micro, mask_token_id, rank=0, world=1):
-    """Adds to the gradients those of this process's rows of the batch, `micro` sequences at a time, and
-    returns their part of the loss. Processes exchange gradients in the last micro-batch only."""
-    rows = len(batch[0]) // world
-    share = [part[rank * rows : (rank + 1) * rows].split(micro) for part in batch]
-    total = 0.0
-    for i, (x_0, x_t, masked, index, weight) in enumerate(zip(*share)):
-        last = (i + 1) * micro == rows
-        with nullcontext() if last or world == 1 else network.no_sync():
-            with autocast(x_t.device):
-                logits = network(x_t, index)
-            # Times world: DDP takes the mean over processes where the weights ask for the sum
-            loss = (masked_nll(logits, x_0, masked, mask_token_id) * weight).sum() * world
-            loss.backward()
-        total = total + loss.detach()
-    return total
-
-
-def update(model, optimizers, grad_clip):
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def learning_rate_factor(progress: float, decay: float) -> float:
+    """Trapezoid over progress 0..1: a linear rise, a plateau, and a linear fall to zero."""
+    fall = (1 - progress) / decay if decay else 1.0
+    return max(0.0, min(1.0, progress / WARMUP, fall))
+
+
+def update(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Clips the gradient and takes a step at `factor` times the peak learning rates."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
         optimizer.step()
         optimizer.zero_grad()
 
 
-def quick_nelbo(model, tokens):
-    """The same crops and masks at every call, so that values compare closely from step to step."""
-    return nelbo(model, tokens, passes=4, windows=64, seed=0)
+# --------------------------------------------------------------------------------------------------
+# The batch
 
 
-def learning_rate_factor(progress, args):
-    """Trapezoid over progress 0..1: a linear rise, a plateau, a linear fall to zero."""
-    rise = progress / args.warmup if args.warmup else 1.0
-    fall = (1 - progress) / args.decay if args.decay else 1.0
-    return max(0.0, min(1.0, rise, fall))
+def draw_batch(
+    train: torch.Tensor,
+    config: DiffusionConfig,
+    batch_size: int,
+    generator: torch.Generator,
+    progress: float = 1.0,
+) -> tuple[torch.Tensor, ...]:
+    """The batch of a step over all processes: x_0, x_t and masked (B, T), noise indices and loss
+    weights (B,), on the device of `train` and `generator`."""
+    B, T, device = batch_size, config.sequence_len, train.device
+    starts = torch.randint(len(train) - T + 1, (B,), generator=generator, device=device)
+    x_0 = train[starts[:, None] + torch.arange(T, device=device)]
+    # t / S follows a logit-normal bell around 1/2, where a sequence has both something to read and
+    # something to predict (arXiv 2605.13026), stratified: one draw from each of B equal shares. At
+    # first t is low, as many visible neighbours teach the most; at the end the bell is nearly flat,
+    # or the first and last time indices would never be trained
+    strata = torch.randperm(B, generator=generator, device=device)
+    u, v, w = torch.rand(3, B, generator=generator, device=device)
+    quantile = ((strata + u) / B).clamp(1e-4, 1 - 1e-4)
+    normal = math.sqrt(2) * torch.erfinv(2 * quantile - 1)  # MPS has no ndtri
+    spread = SPREAD[0] + (SPREAD[1] - SPREAD[0]) * progress
+    opened = min(1.0, 0.4 + 0.6 * progress / OPENING)
+    t = (torch.sigmoid(spread * normal) * opened * config.diffusion_steps).long() + 1
+    prefix_len = (1 + v * config.context_len).long().clamp(max=config.context_len)
+    x_t, masked = q_sample(x_0, t, config, generator, prefix_len * (w < PREFIX_RATE))
+    # With equal weights the loss would be the bound itself (RADD, arXiv 2406.03736), but noisy: a
+    # sequence with one masked character would count as much as one with 256. The square root
+    # trades a little of the objective for much less noise.
+    weight = masked.sum(1).float().sqrt()
+    weight = weight / weight.sum().clamp(min=1.0)
+    return x_0, x_t, masked, noise_index(masked, config.diffusion_steps), weight
 
 
-def hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{device.type}, {name}, {torch.get_num_threads()} threads"
+# --------------------------------------------------------------------------------------------------
+# Teachers
 
 
-def keep_freed_memory():
-    """Stops glibc from handing blocks of activations back to the kernel, which clears every page anew when
-    the next step asks for it: up to a quarter of a step on a CPU. Elsewhere than on glibc, does nothing."""
+def load_teachers(
+    paths: list[str], config: DiffusionConfig, device: torch.device
+) -> list[DiffusionTransformer]:
+    """Models whose probabilities the network learns; they may differ from it in size alone."""
+    teachers = [load_for_sampling(Path(path), device) for path in paths]
+    for path, teacher in zip(paths, teachers, strict=True):
+        for name in ("sequence_len", "vocab_size", "mask_token_id", "diffusion_steps"):
+            theirs, ours = getattr(teacher.config, name), getattr(config, name)
+            if theirs != ours:
+                raise BadInput(f"--teachers {path}: its {name} is {theirs}, this run's is {ours}")
+    return teachers
+
+
+@torch.no_grad()
+def ask(teachers: list[DiffusionTransformer], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """log p(x_0 | x_t), (B, T, V), each sequence judged by one teacher. Cross-entropy is linear in
+    its target, so in expectation that equals the teachers' average, at the cost of one."""
+    n, log_p = len(teachers), []
+    with autocast(x_t.device):
+        for teacher, x, index in zip(teachers, x_t.tensor_split(n), t.tensor_split(n), strict=True):
+            log_p.append(log_probs(teacher(x, index), teacher.config.mask_token_id))
+    return torch.cat(log_p)
+
+
+def refill(
+    teachers: list[DiffusionTransformer],
+    x_t: torch.Tensor,
+    masked: torch.Tensor,
+    t: torch.Tensor,
+    u: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In some sequences a teacher writes part of what is masked, as in a reverse step, so that the
+    network meets contexts that are not in the text. u (3, B, T) is uniform on [0, 1). Returns x_t,
+    masked and t after that, and which sequences (B,) were changed."""
+    changed = u[0, :, 0] < REFILL_RATE
+    fill = masked & changed[:, None] & (u[1] < 0.9 * u[0, :, 1:2])  # up to 90% of the gaps
+    log_p = torch.zeros(*x_t.shape, teachers[0].config.vocab_size, device=x_t.device)
+    log_p[changed] = ask(teachers, x_t[changed], t[changed])
+    x_t, masked = torch.where(fill, draw(log_p, 1.0, u[2]), x_t), masked & ~fill
+    return x_t, masked, noise_index(masked, teachers[0].config.diffusion_steps), changed
+
+
+def teacher_nll(
+    logits: torch.Tensor, log_q: torch.Tensor, masked: torch.Tensor, mask_token_id: int
+) -> torch.Tensor:
+    """Mean over the masked positions of the cross-entropy -sum_v q(v) log p(v | x_t) with the
+    teachers' q, in nats per character, (B,)."""
+    log_p = log_probs(logits, mask_token_id)
+    terms = (log_q.exp() * log_p).masked_fill(log_q == -math.inf, 0.0)          # (B, T, V)
+    return -terms.sum(-1).masked_fill(~masked, 0.0).sum(1) / masked.sum(1).clamp(min=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+@dataclass
+class RunState:
+    """What a run has to remember besides its tensors; saved and restored as a whole."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf    # validation NELBO that the weights file has to beat
+    wrote: bool = False       # whether this run has written it
+    log: list[dict] = field(default_factory=list)
+    started_from: dict = field(default_factory=dict)  # meta of the weights that --init named
+
+
+class Files:
+    """The files of a run, and who may write them."""
+
+    def __init__(self, weights: Path):
+        stem = weights.name.removesuffix(".pt")  # no other dot ends a name: run0.01, run0.03
+        self.weights, self.log = weights, weights.with_name(f"{stem}.csv")
+        self.state = weights.with_name(f"{stem}.state.pt")
+        self.state_log = weights.with_name(f"{stem}.state.csv")
+        self.seen = self.stamp()
+
+    def stamp(self) -> tuple | None:
+        """Changes when the weights file is replaced."""
+        if not self.weights.exists():
+            return None
+        stat = self.weights.stat()
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+    def check(self, args: argparse.Namespace, n_bytes: int) -> None:
+        """Raises BadInput, before the work starts, for what would fail later or cost a file."""
+        for path in (self.weights, self.state, self.log, self.state_log):
+            read = [args.data, *(args.teachers or []), *([args.init] * (path != self.weights))]
+            for other in map(Path, filter(None, read)):
+                if path.exists() and other.exists() and path.samefile(other):
+                    raise BadInput(f"{path}: the run reads it, so can't write it; change --weights")
+            if path.exists() and not self.is_ours(path):
+                raise BadInput(f"{path}: not from a training run, so it stays; change --weights")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+                probe.touch()
+                probe.unlink()
+                if path.exists():
+                    open(path, "ab").close()
+            except OSError as error:
+                raise BadInput(f"{path}: cannot be written ({error.strerror})") from error
+        free = shutil.disk_usage(self.weights.parent).free
+        if free < n_bytes:
+            raise BadInput(
+                f"{self.weights.parent}: a run needs {n_bytes >> 20} MiB, {free >> 20} are free"
+            )
+
+    def is_ours(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        if path in (self.log, self.state_log):
+            return path.read_bytes()[:20].startswith(b"step,characters_seen")
+        return ("optimizers" in read_checkpoint(path)) == (path == self.state)
+
+    def incumbent(self, config, corpus_sha256, val, device) -> float:
+        """Validation NELBO of the weights that are there, infinite if there are none. Raises
+        BadInput for weights that can't be compared, which are never replaced."""
+        self.seen = self.stamp()
+        if self.seen is None:
+            return math.inf
+        model, meta = load_weights(self.weights, device)
+        if meta.get("corpus_sha256", corpus_sha256) != corpus_sha256:
+            raise BadInput(f"{self.weights} learned another text; choose another --weights")
+        if model.config.vocab_size != config.vocab_size:
+            raise BadInput(
+                f"{self.weights} has vocab_size {model.config.vocab_size}, this run "
+                f"{config.vocab_size}; choose another --weights"
+            )
+        return nelbo(model, val, **QUICK)[0]
+
+
+def write_log(rows: list[dict], path: Path) -> None:
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[-1])
+        writer.writeheader()
+        writer.writerows(rows)
+    replace(temporary, path)
+
+
+def read_log(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_state(path: Path) -> dict:
+    """The saved state of a run, or BadInput."""
+    contents = read_checkpoint(path)
+    if "optimizers" not in contents:
+        raise BadInput(f"{path}: holds weights alone, so there is no run to resume")
+    return contents
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes, signals, machines
+
+
+def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
+    """Rank, number of processes, device. torchrun says in the environment how many it starts."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        raise BadInput(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
+    if world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
+        local, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= n_gpus:
+            raise BadInput(f"--nproc_per_node asks for more processes than the {n_gpus} GPUs here")
+        torch.cuda.set_device(local)  # first, or every process would open a context on GPU 0
+    device = pick_device(args.device)
+    if world > 1 and device.type == "mps":
+        raise BadInput("--device mps: torchrun needs cpu or cuda, MPS can't exchange gradients")
+    if world > 1:
+        # The others wait while the leader evaluates, so the limit is generous; a process that dies
+        # closes its connections and is noticed at once
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return rank, world, device
+
+
+def agree(progress: float, stopping: bool, device: torch.device) -> tuple[float, bool]:
+    """The largest progress of any process, and whether any is to stop."""
+    if dist.is_initialized():
+        shared = torch.tensor([progress, float(stopping)], device=device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        progress, stopping = shared[0].item(), bool(shared[1].item())
+    return progress, stopping
+
+
+class StopSignal:
+    """The first SIGINT or SIGTERM asks the loop to stop after its step, a later one ends the
+    process. torchrun passes Ctrl-C on, so it comes twice: what follows within a second is one."""
+
+    def __init__(self):
+        self.received = None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self)
+
+    def __call__(self, signum, frame):
+        if self.received is None:
+            self.received = time.perf_counter()
+            if os.environ.get("RANK", "0") == "0":
+                warn("stopping after this step (Ctrl-C again ends at once)")
+        elif time.perf_counter() - self.received > 1:
+            raise KeyboardInterrupt
+
+
+def keep_freed_memory() -> None:
+    """Stops glibc from returning the memory of activations to the kernel, which clears every page
+    when the next step asks for it: up to a quarter of a step on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         libc = ctypes.CDLL(None)
@@ -252,245 +485,280 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def check_writable(path, n_bytes):
-    """Raises before the work starts what would otherwise fail at the first save."""
+def compiled(model: DiffusionTransformer, batch_size: int, device: torch.device):
+    """torch.compile, tried on one batch; where that fails, a warning and the eager model."""
+    x_t = torch.zeros(batch_size, model.config.sequence_len, dtype=torch.long, device=device)
+    # Contiguous like the loop's noise indices: another stride would compile the network again
+    t = x_t[:, 0].contiguous()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(path.name + ".probe.tmp")
-        probe.touch()
-        probe.unlink()
-        with open(path, "ab") if path.exists() else nullcontext():
-            pass
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror})")
-    if shutil.disk_usage(path.parent).free < n_bytes:
-        raise BadInput(f"{path.parent}: a run needs {n_bytes >> 20} MiB free, there are "
-                       f"{shutil.disk_usage(path.parent).free >> 20}")
-
-
-def compiled(model, batch, device):
-    """torch.compile, tried on one batch; a warning and the eager model where that fails."""
-    try:
-        fast = torch.compile(model)
+        network = torch.compile(model)
         with autocast(device):
-            fast(*batch).sum().backward()
+            network(x_t, t).sum().backward()
         model.zero_grad()
-        return fast
-    except Exception as error:  # no compiler, a broken one, an unsupported platform: torch raises many kinds
-        warnings.warn(f"torch.compile failed, going on without it ({type(error).__name__})")
+        return network
+    except Exception as error:  # no compiler, a broken one, no support: torch raises many kinds
+        warn(f"torch.compile failed, continuing without it ({type(error).__name__})")
         return model
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The run
 
 
-def evaluate_only(args):
+def evaluate_only(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     model, meta = load_weights(args.weights, device)
     _, val, corpus_sha256 = load_corpus(args.data, model.config)
     if meta.get("corpus_sha256", corpus_sha256) != corpus_sha256:
-        print("note: the weights come from another text than --data", file=sys.stderr)
+        warn("note: the weights learned another text than --data")
     mean, error = nelbo(model, val)
-    print(f"validation NELBO {mean:.4f} +- {error:.4f} nats per character ({mean / math.log(2):.4f} bits), "
-          f"{len(val)} characters, {hardware(device)}")
+    print(
+        f"validation NELBO {mean:.4f} +- {error:.4f} nats per character "
+        f"({mean / math.log(2):.4f} bits), {min(len(val), EVALUATION_LIMIT)} of {len(val)} "
+        f"characters, {hardware(device)}"
+    )
 
 
-def train(args):
-    state_path, log_path = args.weights.with_suffix(".state.pt"), args.weights.with_suffix(".state.csv")
-    state = read_checkpoint(state_path) if args.resume else None
-    if state:
-        if "optimizers" not in state:
-            raise BadInput(f"{state_path}: holds weights alone, so there is no run to resume")
-        for name, value in state["args"].items():
-            if name not in args.given:
-                setattr(args, name, value)
-            elif name not in MAY_CHANGE_ON_RESUME and getattr(args, name) != value:
-                raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: the run to resume has {value}")
+def measure(model, train, val, state: RunState, batch_size: int) -> dict:
+    """A row of the log."""
+    characters = state.step * batch_size * model.config.sequence_len
+    train_nelbo, _ = nelbo(model, train, **QUICK)
+    val_nelbo, val_error = nelbo(model, val, **QUICK)
+    earlier = state.started_from
+    return {
+        "step": state.step,
+        "characters_seen": earlier.get("characters_seen", 0) + characters,
+        "seconds": earlier.get("seconds", 0) + round(state.seconds),
+        "train_nelbo": train_nelbo, "val_nelbo": val_nelbo, "val_nelbo_error": val_error,
+    }
 
-    # Processes: torchrun starts several and says so in the environment
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    leader = rank == 0
-    device = pick_device(args.device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    rows_here = args.batch_size // world
-    micro = args.micro_batch_size or rows_here
-    if args.batch_size % world:
-        raise BadInput(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
-    if rows_here % micro:
-        raise BadInput(f"--micro-batch-size {micro} does not divide the {rows_here} sequences of a process")
 
-    config = DiffusionConfig(**{name: getattr(args, name) for name in (
-        "sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "diffusion_steps", "context_len")})
-    train, val, corpus_sha256 = load_corpus(args.data, config)
+def show_progress(model, state: RunState, seed: int) -> None:
+    """The figures of the last evaluation, and a window of text."""
+    row, T, mask_token_id = state.log[-1], model.config.sequence_len, model.config.mask_token_id
+    blank = torch.full((1, T), mask_token_id, device=next(model.parameters()).device)
+    *_, x = denoise(model, blank, partial(top_k, k=2), 0.8, row_generators(seed, 1))
+    warn(
+        f"\nstep {state.step}, {state.seconds / 60:.1f} min: NELBO train {row['train_nelbo']:.4f}, "
+        f"validation {row['val_nelbo']:.4f} +- {row['val_nelbo_error']:.4f} nats per character\n"
+        f"{decode_tokens(x[0])}\n"
+    )
+
+
+def check_finite(losses: list[torch.Tensor], state: RunState, files: Files) -> float:
+    """The last of the losses of the latest steps. BadInput where one is not finite."""
+    values = torch.stack(losses).tolist()
+    for step, value in enumerate(values, start=state.step - len(values)):
+        if not math.isfinite(value):
+            kept = f"{files.state} is the last save" if files.state.exists() else "nothing is saved"
+            raise BadInput(f"the loss at step {step} is {value}: stopped; {kept}. A lower "
+                           "--muon-learning-rate or --learning-rate may help")
+    return values[-1]
+
+
+def start_run(
+    args: argparse.Namespace, config: DiffusionConfig, corpus_sha256: str, device: torch.device
+) -> tuple[DiffusionTransformer, list[torch.optim.Optimizer], torch.Generator, RunState]:
+    """Everything that a run changes as it goes: resumed, from given weights, or fresh."""
     torch.manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    model = DiffusionTransformer(config).to(device)
+    optimizers = make_optimizers(model, args)
+    if args.resume:
+        path = Files(args.weights).state
+        saved = read_state(path)
+        if saved["meta"]["corpus_sha256"] != corpus_sha256:
+            raise BadInput(f"--data {args.data}: the run to resume learned another text")
+        if saved["device"] != device.type:
+            raise BadInput(f"--device {device.type}: the run to resume is on {saved['device']}")
+        model.load_state_dict(saved["model"])
+        for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        generator.set_state(saved["generator"])
+        state = RunState(**saved["run"])
+    elif args.init:
+        weights, meta = load_weights(args.init, device)
+        model.load_state_dict(weights.state_dict())
+        state = RunState(started_from=meta, log=read_log(Files(Path(args.init)).log))
+    else:
+        state = RunState()
+    return model, optimizers, generator, state
+
+
+def save_state(args, files: Files, about: dict, model, optimizers, generator, state: RunState):
+    """The state from which --resume continues, and the log so far."""
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    save_atomically(
+        {
+            "model": model.state_dict(), "config": asdict(model.config), "meta": about,
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "generator": generator.get_state(), "device": generator.device.type,
+            "args": settings,
+            "run": asdict(state),
+        },
+        files.state,
+    )
+    for path in [files.state_log, *[files.log] * state.wrote] if state.log else []:
+        write_log(state.log, path)
+
+
+def save_if_best(files: Files, about: dict, model, state: RunState, val, device) -> None:
+    """Writes the weights where the last evaluation beats all before, and those that are there."""
+    row = state.log[-1]
+    if files.stamp() != files.seen:  # another run has written them meanwhile
+        incumbent = files.incumbent(model.config, about["corpus_sha256"], val, device)
+        state.best = min(state.best, incumbent)
+    if row["val_nelbo"] < state.best:
+        state.best, state.wrote = row["val_nelbo"], True
+        save_weights(model, {**about, **row}, files.weights)
+        files.seen = files.stamp()
+
+
+def finish(files: Files, state: RunState, val, device: torch.device) -> None:
+    """The full bound of what the run wrote, into the file and onto the screen."""
+    if not state.wrote:
+        print(f"{files.weights} was better and stays; this run's model: "
+              f"uv run sample.py --weights {files.state}")
+        return
+    model, meta = load_weights(files.weights, device)
+    meta["val_nelbo"], meta["val_nelbo_error"] = nelbo(model, val)
+    save_weights(model, meta, files.weights)
+    print(f"{files.weights}: validation NELBO {meta['val_nelbo']:.4f} +- "
+          f"{meta['val_nelbo_error']:.4f} nats per character")
+
+
+def train(args: argparse.Namespace) -> None:
+    # Processes and device
+    stop = StopSignal()
+    rank, world, device = start_processes(args)
+    leader = rank == 0
+
+    # Data
+    sizes = {f.name: getattr(args, f.name) for f in fields(DiffusionConfig) if f.name in args}
+    config = DiffusionConfig(**sizes)
+    train, val, corpus_sha256 = load_corpus(args.data, config)
+    train = train.to(device)
+
+    # Model, optimizers, and the state of the run
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    model, earlier = DiffusionTransformer(config).to(device), {}  # earlier: the meta of the weights to start from
-    if state:
-        earlier = state["meta"].get("started_from", {})
-    elif args.init:
-        model, earlier = load_weights(args.init, device)
-        if model.config != config:
-            raise BadInput(f"--init {args.init}: holds {model.config}, the flags ask for {config}")
-    characters_seen = lambda: earlier.get("characters_seen", 0) + step * args.batch_size * config.sequence_len
-    optimizers = make_optimizers(model, args)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    generator = torch.Generator(device).manual_seed(args.seed)
-    train_on_device = train.to(device)
-
-    # Where the run stands; best is the validation NELBO that the weights file has to beat
-    step, seconds_before, best, wrote = 0, 0.0, math.inf, False
+    model, optimizers, generator, state = start_run(args, config, corpus_sha256, device)
+    teachers = load_teachers(args.teachers or [], config, device)
+    about = {
+        "corpus_sha256": corpus_sha256, "seed": args.seed, "torch": str(torch.__version__),
+        "hardware": f"{world} x {hardware(device)}", "started_from": state.started_from,
+        "command": shlex.join(["uv", "run", "training.py", *sys.argv[1:]]),
+    }
+    files = Files(args.weights)
     if leader:
-        check_writable(args.weights, 20 * sum(p.numel() for p in model.parameters()))
-    if state:
-        if state["meta"]["corpus_sha256"] != corpus_sha256:
-            raise BadInput(f"--data {args.data}: the run to resume learned another text")
-        if state["device"] != device.type:
-            raise BadInput(f"--device {device.type}: the run to resume draws its batches on {state['device']}")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        generator.set_state(state["generator"])
-        step, seconds_before, best, wrote = (state[name] for name in ("step", "seconds", "best", "wrote"))
-    elif args.weights.exists() and leader:
-        incumbent, _ = load_weights(args.weights, device)
-        if incumbent.config.vocab_size == config.vocab_size:
-            best = quick_nelbo(incumbent, val)[0]
-            print(f"{args.weights} has a validation NELBO of {best:.3f}: only lower ones will replace it", file=sys.stderr)
+        files.check(args, n_bytes=20 * sum(p.numel() for p in model.parameters()))
+        incumbent = files.incumbent(config, corpus_sha256, val, device)
+        state.best = min(state.best, incumbent)
+        warn(f"training on {about['hardware']}")
+        if math.isfinite(incumbent):
+            warn(f"{files.weights} has NELBO {incumbent:.4f} now; only a lower one replaces it")
 
-    stop_signal = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda received, frame: stop_signal.append(received))
-    started = time.monotonic()
-    seconds = lambda: seconds_before + time.monotonic() - started
-
+    # Compile and DDP
     network = model
-    if args.compile is not False and device.type != "mps":
-        example = torch.zeros(micro, config.sequence_len, dtype=torch.long, device=device)
-        network = compiled(model, (example, example[:, 0]), device)
+    rows = args.batch_size // world
+    mine = slice(rank * rows, (rank + 1) * rows)  # of the batch
+    if args.compile or (args.compile is None and device.type != "mps"):
+        network = compiled(model, rows, device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
         network = DistributedDataParallel(network)
         network.broadcast_buffers = False  # the rotary tables never change
 
-    rows_log, log_so_far = [], log_path if state or not args.init else args.init.with_suffix(".csv")
-    if leader and (state or args.init) and log_so_far.exists():
-        with open(log_so_far, newline="") as file:
-            rows_log = [row for row in csv.DictReader(file) if int(row["characters_seen"]) <= characters_seen()]
-
-    def checkpoint():
-        """Evaluates, logs, saves: the resumable state always, the weights if they are the best so far."""
-        nonlocal best, wrote
-        val_nelbo, val_error = quick_nelbo(model, val)
-        train_nelbo, _ = quick_nelbo(model, train)
-        meta = {
-            "step": step, "characters_seen": characters_seen(), "seconds": earlier.get("seconds", 0) + round(seconds()),
-            "val_nelbo": val_nelbo, "val_nelbo_error": val_error, "train_nelbo": train_nelbo,
-            "corpus_sha256": corpus_sha256, "seed": args.seed, "hardware": f"{world} x {hardware(device)}",
-            "command": shlex.join(["uv", "run", "training.py", *sys.argv[1:]]), "torch": str(torch.__version__),
-            **({"started_from": earlier} if earlier else {}),
-        }
-        rows_log.append({name: meta[name] for name in ("step", "characters_seen", "seconds", "train_nelbo", "val_nelbo", "val_nelbo_error")})
-        if val_nelbo < best:
-            best, wrote = val_nelbo, True
-            save_weights(model, meta, args.weights)
-        save_atomically({
-            "model": model.state_dict(), "config": vars(config), "meta": meta,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "generator": generator.get_state(), "device": device.type,
-            "args": {name: value for name, value in vars(args).items() if isinstance(value, (int, float, type(None)))
-                     and name not in ("resume", "eval_only")},
-            "step": step, "seconds": seconds(), "best": best, "wrote": wrote,
-        }, state_path)
-        for path in [log_path, args.weights.with_suffix(".csv")] if wrote else [log_path]:
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, rows_log[-1])
-                writer.writeheader()
-                writer.writerows(rows_log)
-        blank = torch.full((1, config.sequence_len), config.mask_token_id, device=device)
-        *_, written = decode(model, blank, lambda p: top_k(p, 2), temperature=0.8, seed=args.seed)
-        tqdm.write(f"\nstep {step}, {seconds() / 60:.1f} min: NELBO train {train_nelbo:.4f}, "
-                   f"validation {val_nelbo:.4f} +- {val_error:.4f} nats per character\n{decode_tokens(written[0])}\n", file=sys.stderr)
-
-    # ------------------------------------------------------------------------------------------------
-    # The loop
-
-    progress_bar = tqdm(total=None if args.max_minutes else args.steps, initial=step, disable=not leader, unit="step")
-    evaluated_at = step
-    losses, progress, stopping = [], None, False
-    pace = (time.monotonic(), step)
+    first_step = saved_step = state.step
+    progress, stopping, losses = 0.0, False, []
+    bar = tqdm(total=None if args.max_minutes else args.steps, initial=state.step, unit="step",
+               disable=None if leader else True)  # None: silent unless stderr is a terminal
+    clock = time.perf_counter()
     while True:
-        # Where the run stands: by the clock or by the count, the same on every process
-        if world == 1 or step % 10 == 0 or progress is None:
-            progress = seconds() / (60 * args.max_minutes) if args.max_minutes else step / args.steps
-            stopping = bool(stop_signal)
-            if world > 1:
-                shared = torch.tensor([progress, float(stopping)], device=device)
-                dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-                progress, stopping = shared[0].item(), bool(shared[1].item())
-        elif not args.max_minutes:
-            progress = step / args.steps
-        factor = learning_rate_factor(progress, args)
-        for optimizer, peak in zip(optimizers, peaks):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
-
-        # Every so often, look at the losses: that is where the host waits for the device
+        # Where the run is, by the clock or by the count; several processes agree now and then
+        state.seconds, clock = state.seconds + time.perf_counter() - clock, time.perf_counter()
+        if not args.max_minutes:
+            progress = state.step / args.steps
+        if world == 1 or (state.step - first_step) % AGREE_INTERVAL == 0:
+            if args.max_minutes:
+                progress = state.seconds / (60 * args.max_minutes)
+            progress, stopping = agree(progress, stop.received is not None, device)
         finished = progress >= 1
-        evaluate = step % args.eval_interval == 0 or finished or stopping
-        if losses and (device.type == "cpu" or evaluate or len(losses) == 20):
-            values = torch.stack(losses).tolist()
-            for back, value in enumerate(values):
-                if not math.isfinite(value):
-                    progress_bar.close()
-                    raise BadInput(f"the loss at step {step - len(values) + back} is {value}: stopped; {state_path} holds "
-                                   f"step {evaluated_at}. A lower --muon-learning-rate or --learning-rate may help")
-            losses.clear()
-            rate = (step - pace[1]) * args.batch_size * config.sequence_len / (time.monotonic() - pace[0])
-            left = max(0.0, seconds() * (1 - progress) / progress / 60) if progress else math.nan
-            progress_bar.set_postfix_str(f"loss {values[-1]:.3f}, lr {peaks[0] * factor:.4f}, {rate:,.0f} chars/s, {left:.1f} min left")
-        if evaluate and step > evaluated_at:
+
+        # Evaluate and save; a run that is told to stop saves only, as it may not be given long
+        due = finished or stopping or state.step % args.eval_interval == 0
+        if due and state.step > saved_step:
+            if losses:
+                check_finite(losses, state, files)
+            if leader and (finished or not stopping):
+                state.log.append(measure(model, train, val, state, args.batch_size))
+                save_if_best(files, about, model, state, val, device)
+                show_progress(model, state, args.seed)
             if leader:
-                checkpoint()
-            evaluated_at = step
+                save_state(args, files, about, model, optimizers, generator, state)
             if world > 1:
                 dist.barrier()
-            pace = (time.monotonic(), step)
+            saved_step = state.step
         if finished or stopping:
             break
 
-        batch = draw_batch(train_on_device, config, args, generator, progress)
-        losses.append(backward(network, batch, micro, config.mask_token_id, rank, world))
-        update(model, optimizers, args.grad_clip)
-        step += 1
-        progress_bar.update()
+        # The batch, forward, loss, backward, update. Every process draws the whole batch and keeps
+        # its rows, so that the batch does not depend on their number
+        noise_progress = 1.0 if args.init else progress
+        batch = draw_batch(train, config, args.batch_size, generator, noise_progress)
+        x_0, x_t, masked, t, weight = (part[mine] for part in batch)
+        if teachers:
+            shape = (3, args.batch_size, config.sequence_len)
+            u = torch.rand(shape, generator=generator, device=device)[:, mine]
+            x_t, masked, t, changed = refill(teachers, x_t, masked, t, u)
+            log_q = ask(teachers, x_t, t)                           # (B, T, V)
+        with autocast(device):
+            logits = network(x_t, t)                                # (B, T, V)
+        nll = masked_nll(logits, x_0, masked, config.mask_token_id) # (B,)
+        if teachers:
+            share = TEACHER_SHARE + (1 - TEACHER_SHARE) * changed   # the text has no say there
+            soft = teacher_nll(logits, log_q, masked, config.mask_token_id)
+            nll = share * soft + (1 - share) * nll
+        loss = (nll * weight).sum()
+        (loss * world).backward()  # DDP takes the mean over processes, the weights ask for the sum
+        factor = learning_rate_factor(progress, args.decay)
+        update(model, optimizers, factor)
+        state.step += 1
+        losses.append(loss.detach())
+        bar.update()
 
-    progress_bar.close()
-    if leader and stopping and not finished:
-        again = [word for word in sys.argv[1:] if word != "--resume"] + ["--resume"]
-        print(f"stopped after step {step}; go on with: {shlex.join(['uv', 'run', 'training.py', *again])}", file=sys.stderr)
-    elif leader and wrote:
-        best_model, meta = load_weights(args.weights, device)
-        meta["val_nelbo"], meta["val_nelbo_error"] = nelbo(best_model, val)
-        save_weights(best_model, meta, args.weights)
-        print(f"{args.weights}: validation NELBO {meta['val_nelbo']:.4f} +- {meta['val_nelbo_error']:.4f} nats per character")
+        # Log, when that does not make the device wait
+        if device.type == "cpu" or len(losses) == LOG_INTERVAL:
+            value = check_finite(losses, state, files)
+            losses.clear()
+            left = state.seconds * (1 - progress) / max(progress, 1e-9) / 60
+            bar.set_postfix_str(f"loss {value:.3f}, lr {factor * args.muon_learning_rate:.4f}, "
+                                f"{left:.1f} min left")
+
+    bar.close()
+    if leader and finished:
+        finish(files, state, val, device)
+    elif leader and state.step > first_step:
+        again = shlex.join([word for word in sys.argv[1:] if word != "--resume"])
+        warn(f"stopped after step {state.step}; continue: uv run training.py {again} --resume")
     elif leader:
-        print(f"{args.weights} was better and stays; this run's model: uv run sample.py --weights {state_path}", file=sys.stderr)
+        warn("stopped before the first step; there is nothing to resume")
     if world > 1:
         dist.destroy_process_group()
 
 
-def main():
-    args = parse_arguments()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     if args.eval_only:
         return evaluate_only(args)
     try:
         train(args)
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("closed by peer", "reset by peer", "imed out", "NCCL")):
+        lost = ("closed by peer", "reset by peer", "imed out", "remote process exited")
+        if not any(words in str(error) for words in lost):
             raise
-        raise BadInput("another process of this run died or hangs; go on from the last save with --resume")
+        why = str(error).splitlines()[0]
+        raise BadInput(f"another process of this run died or hangs ({why}); --resume continues "
+                       "from the last save") from error
 
 
 if __name__ == "__main__":

@@ -7,37 +7,55 @@
 
 from dataclasses import replace
 
+from drawing import add_arguments, frames_of, room, show
+from model import COUNT, BadInput, CommandLine, pick_device, run
+from sample import (
+    add_sampler_arguments,
+    draft_and_correct,
+    load_for_sampling,
+    row_generators,
+    sampler_config,
+)
+
 import torch
 
-from drawing import add_arguments, frames_of, show
-from sample import CommandLine, add_decoding_arguments, complete, load_for_sampling, number, pick_decoding, pick_device, run
+
+def frame_shape(n: int, rows: int, cols: int) -> tuple[int, int]:
+    """Rows and columns for n characters: the widest lines, up to 64, that fill a rectangle which
+    fits into the room. BadInput where none does."""
+    for width in range(min(64, cols, n), 0, -1):
+        if n % width == 0 and n // width <= rows:
+            return n // width, width
+    raise BadInput(f"a terminal of {cols} x {rows + 2} is too small for {n} characters")
 
 
-def frames(model, device, decoding, args):
-    """Each block is decoded after the last context_len characters of the one before."""
-    config = model.config
-    cols = 64 if config.sequence_len % 64 == 0 else config.sequence_len
-    shape = (config.sequence_len // cols, cols)
-    x = torch.full((1, config.sequence_len), config.mask_token_id, device=device)
+def frames(model, device, config, args):
+    """Each block is denoised after the last context_len characters of the one before."""
+    T, context_len, mask_token_id = (
+        model.config.sequence_len, model.config.context_len, model.config.mask_token_id
+    )
+    shape = frame_shape(T, *room(args))
+    generators = row_generators(args.seed, 1)
+    x = torch.full((1, T), mask_token_id, device=device)
     for block in range(args.num_blocks):
-        states = complete(model, x, decoding, torch.tensor([args.seed + block], device=device))
-        for frame in frames_of(states, config.mask_token_id, shape, f"block {block + 1} of {args.num_blocks}"):
+        states = draft_and_correct(model, x, config, generators)
+        title = f"block {block + 1} of {args.num_blocks}"
+        for frame in frames_of(states, mask_token_id, shape, title):
             yield frame
         yield replace(frame, fresh=torch.zeros_like(frame.fresh), hold=2 * args.fps)
-        context = frame.ids.flatten()[config.sequence_len - config.context_len :]
-        x = torch.full_like(x, config.mask_token_id)
-        x[0, : config.context_len] = context.to(device)
+        x = torch.full_like(x, mask_token_id)
+        x[0, :context_len] = frame.ids.flatten()[T - context_len :].to(device)
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add_arguments(parser, fps=12)
-    parser.add_argument("--num-blocks", type=number(int, least=1), default=3, help="blocks of text to write")
-    add_decoding_arguments(parser)
-    args = parser.parse_args()
+    parser.add_argument("--num-blocks", type=COUNT, default=3, help="blocks of text to write")
+    add_sampler_arguments(parser)
+    args = parser.parse_args(argv)
     device = pick_device(args.device)
     model = load_for_sampling(args.weights, device)
-    show(frames(model, device, pick_decoding(args), args), args)
+    show(frames(model, device, sampler_config(args), args), args)
 
 
 if __name__ == "__main__":

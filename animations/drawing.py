@@ -1,27 +1,30 @@
 """Frames of masked text, and the three ways to show them: terminal, window, file.
 
-Both animations turn the states of the decoding loop into `Frame`s and hand them to `show`.
+The animations turn the states of the denoising loop into `Frame`s and hand them to `show`.
 """
 
+import os
+import shutil
 import sys
 import time
 from argparse import ArgumentTypeError
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Iterator
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py, sample.py
+from model import BadInput, CommandLine, number  # noqa: E402
+from sample import add_model_arguments  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py and sample.py are one folder up
-from sample import CommandLine, add_model_arguments, number  # noqa: E402
+import torch  # noqa: E402
 
 # One palette for the terminal and for pictures: (red, green, blue)
 BACKGROUND = (16, 20, 31)
 TITLE = (122, 136, 166)
 BLOCK = (44, 56, 84)        # a masked cell
-FRESH = (255, 196, 84)      # revealed in this step
-CALM = (208, 214, 226)      # revealed earlier
+FRESH = (255, 196, 84)      # unmasked in this step
+CALM = (208, 214, 226)      # unmasked earlier
 FAINT = (70, 82, 108)       # line ends
 
 
@@ -29,28 +32,37 @@ FAINT = (70, 82, 108)       # line ends
 class Frame:
     ids: torch.Tensor     # (rows, cols) character ids
     masked: torch.Tensor  # (rows, cols) bool
-    fresh: torch.Tensor   # (rows, cols) bool: revealed since the frame before
+    fresh: torch.Tensor   # (rows, cols) bool: unmasked since the frame before
     title: str
     hold: float = 1.0     # how many ordinary frames this one lasts
 
     def cells(self) -> Iterator[list[tuple[str, tuple[int, int, int]]]]:
         """Row by row, the glyph and the colour of each cell."""
-        for ids, masked, fresh in zip(self.ids.tolist(), self.masked.tolist(), self.fresh.tolist()):
-            yield [
-                ("█", BLOCK) if hidden else (glyph(i), FRESH if new else FAINT if i == 10 else CALM)
-                for i, hidden, new in zip(ids, masked, fresh)
-            ]
+        rows, cols = self.ids.shape
+        masked, fresh = self.masked.flatten().tolist(), self.fresh.flatten().tolist()
+        cells = []
+        for glyph, hidden, new in zip(glyphs(self.ids.flatten()), masked, fresh, strict=True):
+            known = FRESH if new else FAINT if glyph == "↵" else CALM
+            cells.append(("█", BLOCK) if hidden else (glyph, known))
+        for row in range(rows):
+            yield cells[row * cols : (row + 1) * cols]
 
 
-def glyph(i: int) -> str:
-    """One visible cell for any id: a line end becomes an arrow, other control characters a dot."""
-    if i == 10:
-        return "↵"
-    return chr(i) if chr(i).isprintable() else "·"
+def glyphs(ids: torch.Tensor) -> list[str]:
+    """One visible cell for each of the ids (n,): a line end becomes an arrow, anything else that
+    can't be shown a dot. A character of several bytes takes the cell of its first, and dots."""
+    cells = []
+    for character in bytes(ids.tolist()).decode("utf-8", errors="surrogateescape"):
+        visible = "↵" if character == "\n" else character if character.isprintable() else "·"
+        n_bytes = len(character.encode("utf-8", errors="surrogateescape"))
+        cells += [visible, *"·" * (n_bytes - 1)]
+    return cells
 
 
-def frames_of(states: Iterable[torch.Tensor], mask_token_id: int, shape: tuple[int, int], title: str) -> Iterator[Frame]:
-    """The states of one decoding, (B, T) each with B * T = rows * cols, as frames of that shape."""
+def frames_of(
+    states: Iterable[torch.Tensor], mask_token_id: int, shape: tuple[int, int], title: str
+) -> Iterator[Frame]:
+    """The states (B, T) of one denoising as frames of `shape` (rows, columns), B * T cells."""
     before = None
     for step, x in enumerate(states):
         x = x.cpu().view(shape)
@@ -63,9 +75,11 @@ def frames_of(states: Iterable[torch.Tensor], mask_token_id: int, shape: tuple[i
 def add_arguments(parser: CommandLine, fps: int) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("picture")
-    group.add_argument("--window", action="store_true", help="play in a matplotlib window instead of the terminal")
-    group.add_argument("--save", type=picture_path, help="write PATH.gif, or PATH.png as one numbered file a frame; no display needed")
-    group.add_argument("--fps", type=number(float, above=0, most=50), default=fps, help="frames per second")
+    group.add_argument("--window", action="store_true", help="play in a matplotlib window")
+    group.add_argument("--save", type=picture_path, help="write PATH.gif, or PATH.png as one "
+                       "numbered file per frame; needs no display")
+    group.add_argument("--fps", type=number(float, least=0.1, most=50), default=fps,
+                       help="frames per second")
 
 
 def picture_path(text: str) -> Path:
@@ -79,8 +93,22 @@ def picture_path(text: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ArgumentTypeError(f"{text!r}: cannot be written ({error.strerror})")
+        raise ArgumentTypeError(f"{text!r}: cannot be written ({error.strerror})") from error
     return path
+
+
+def room(args) -> tuple[int, int]:
+    """Rows and columns that a frame may have where `args` show it: without limit but in a terminal,
+    where a line goes to the title and one to the cursor."""
+    if args.save or args.window or not animates(sys.stdout):
+        return sys.maxsize, sys.maxsize
+    cols, lines = shutil.get_terminal_size()
+    return lines - 2, cols
+
+
+def animates(out) -> bool:
+    """Whether the stream is a terminal that can redraw."""
+    return out.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def show(frames: Iterable[Frame], args) -> None:
@@ -94,20 +122,23 @@ def show(frames: Iterable[Frame], args) -> None:
 
 
 def play_in_terminal(frames: Iterable[Frame], fps: float, out=None) -> None:
-    """Redraws in place with ANSI colours; into a pipe or file goes the last frame alone, as plain text."""
+    """Redraws in place with ANSI colours, unless NO_COLOR is set. A pipe, a file or a terminal that
+    can't redraw gets the last frame alone, as plain text."""
     out = out or sys.stdout
-    if not out.isatty():
+    if not animates(out):
         *_, last = frames
-        out.write("\n".join([last.title, *("".join(character for character, _ in row) for row in last.cells())]) + "\n")
+        rows = ("".join(glyph for glyph, _ in row) for row in last.cells())
+        out.write("\n".join([last.title, *rows]) + "\n")
         return
-    colour = lambda rgb: "\x1b[38;2;{};{};{}m".format(*rgb)
     out.write("\x1b[?25l")  # hide the cursor
     try:
         height = 0
         for frame in frames:
-            lines = [colour(TITLE) + frame.title]
-            lines += ["".join(colour(rgb) + character for character, rgb in row) for row in frame.cells()]
-            out.write(f"\x1b[{height}F" * bool(height) + "".join(f"{line}\x1b[0m\x1b[K\n" for line in lines))
+            title = frame.title[: shutil.get_terminal_size().columns]
+            rows = [[(title, TITLE)], *frame.cells()]
+            lines = ["".join(colour(rgb) + glyph for glyph, rgb in row) for row in rows]
+            out.write(f"\x1b[{height}F" if height else "")  # up to the first line
+            out.write("".join(f"{line}\x1b[0m\x1b[K\n" for line in lines))
             out.flush()
             height = len(lines)
             time.sleep(frame.hold / fps)
@@ -116,12 +147,18 @@ def play_in_terminal(frames: Iterable[Frame], fps: float, out=None) -> None:
         out.flush()
 
 
+def colour(rgb: tuple[int, int, int]) -> str:
+    """The ANSI sequence that switches to a colour; nothing where the user wants none."""
+    return "" if os.environ.get("NO_COLOR") else "\x1b[38;2;{};{};{}m".format(*rgb)
+
+
 def draw(frame: Frame, size: int = 16):
     """The frame as a Pillow image. `size` is the font's height in pixels."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")), size)
+    path = Path(get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")
+    font = ImageFont.truetype(str(path), size)
     width, height, margin = round(font.getlength("M")), round(1.35 * size), size
     rows, cols = frame.ids.shape
     image = Image.new("RGB", (cols * width + 2 * margin, (rows + 2) * height + margin), BACKGROUND)
@@ -138,8 +175,7 @@ def draw(frame: Frame, size: int = 16):
 
 
 def play_in_window(frames: Iterable[Frame], fps: float) -> None:
-    import matplotlib.pyplot as plt
-
+    plt = pyplot_with_window()
     frames = iter(frames)
     first = next(frames)
     image = draw(first)
@@ -155,6 +191,15 @@ def play_in_window(frames: Iterable[Frame], fps: float) -> None:
     plt.show()
 
 
+def pyplot_with_window():
+    """matplotlib.pyplot; BadInput where it has no display to open a window on."""
+    import matplotlib.pyplot as plt
+
+    if plt.get_backend().lower() == "agg":
+        raise BadInput("--window: there is no display here; use --save PATH, or neither")
+    return plt
+
+
 def save(frames: Iterable[Frame], path: Path, fps: float) -> None:
     """One GIF, or numbered PNG files beside `path`, by Pillow."""
     frames = list(frames)
@@ -162,9 +207,11 @@ def save(frames: Iterable[Frame], path: Path, fps: float) -> None:
         for i, frame in enumerate(frames):
             draw(frame).save(path.with_name(f"{path.stem}-{i:04d}.png"))
         return
-    # One palette for all frames, taken from the one with the most colours: a palette a frame triples the file
+    # One palette for all frames, from the one with the most colours: a palette each would triple
+    # the size of the file
     fullest = max(frames, key=lambda frame: int(frame.fresh.any()) + int((~frame.masked).sum()))
     palette = draw(fullest).quantize(32)
     images = [draw(frame).quantize(palette=palette, dither=0) for frame in frames]
     durations = [round(1000 * frame.hold / fps) for frame in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0,
+                   optimize=True)

@@ -7,19 +7,19 @@
 import csv
 from pathlib import Path
 
-from drawing import picture_path
-from model import DEFAULT_WEIGHTS, BadInput
-from sample import CommandLine, run
+from drawing import picture_path, pyplot_with_window
+from model import DEFAULT_WEIGHTS, BadInput, CommandLine, run
 
 
 def read_log(path: Path) -> dict[str, list[float]]:
     """The log's columns by name. Raises BadInput where it is missing or no such log."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    names = "characters_seen", "train_nelbo", "val_nelbo"
     try:
-        return {name: [float(row[name]) for row in rows] for name in ("characters_seen", "train_nelbo", "val_nelbo")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: not a training log ({error})")
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in names}
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise BadInput(f"{path}: not a training log ({error})") from error
 
 
 def draw_curve(log: dict[str, list[float]]):
@@ -36,24 +36,21 @@ def draw_curve(log: dict[str, list[float]]):
     return figure
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
-    parser.add_argument("--log", type=Path, default=DEFAULT_WEIGHTS.with_suffix(".csv"), help="log of the run")
+    log = DEFAULT_WEIGHTS.with_suffix(".csv")
+    parser.add_argument("--log", type=Path, default=log, help="log of the run")
     parser.add_argument("--save", type=picture_path, help="picture to write")
     parser.add_argument("--window", action="store_true", help="show it in a window")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not (args.save or args.window):
         raise BadInput("nothing to do: give --save PATH or --window")
-    if args.save:
-        import matplotlib
-
-        matplotlib.use("Agg")
+    if args.window:
+        plt = pyplot_with_window()
     figure = draw_curve(read_log(args.log))
     if args.save:
         figure.savefig(args.save)
     if args.window:
-        import matplotlib.pyplot as plt
-
         plt.show()
 
 

@@ -1,32 +1,53 @@
-"""How fast is training? The step of training.py beside a plain one and the machine's matrix products.
+"""How fast is training? The step of training.py beside a plain one and matrix products.
 
-    uv run tests/benchmark_training.py                   # steps of 64 x 256 characters, like the default run
-    uv run tests/benchmark_training.py --batch-size 32   # like the README's laptop run
-    uv run torchrun --standalone --nproc_per_node=2 tests/benchmark_training.py   # how well processes share a step
+    uv run tests/benchmark_training.py                   # steps of 64 x 256 characters
+    uv run tests/benchmark_training.py --batch-size 32
+    uv run torchrun --standalone --nproc_per_node=2 tests/benchmark_training.py   # shared by two
 
 The measurements take turns, so that a slow spell of the machine hits all of them. A step counts as
 
     6 operations for each weight of a matrix + 12 * n_layer * n_embd * sequence_len for attention
 
-per character, forward and backward (71 million at the default size); the optimizer's own products count
-as time but not as work. Utilisation is that, per second, over what products of square matrices reach.
+per character, forward and backward (71 million at the default size). The optimizer's own products
+count as time but not as work. Utilisation is that work per second over what products of square
+matrices reach.
 """
 
-import os
+import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import DEFAULT_DATA, DiffusionConfig, DiffusionTransformer, load_corpus, multiplies_bf16  # noqa: E402
-from sample import CommandLine, number, pick_device, run  # noqa: E402
-from training import backward, draw_batch, hardware, keep_freed_memory, make_optimizers, parse_arguments, update  # noqa: E402
+from model import (  # noqa: E402
+    COUNT,
+    DEFAULT_DATA,
+    CommandLine,
+    DiffusionConfig,
+    DiffusionTransformer,
+    add_device_argument,
+    autocast,
+    hardware,
+    load_corpus,
+    masked_nll,
+    multiplies_bf16,
+    run,
+)
+from training import (  # noqa: E402
+    draw_batch,
+    keep_freed_memory,
+    make_optimizers,
+    parse_arguments,
+    start_processes,
+    update,
+)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 CONFIG = DiffusionConfig()
 SIDE = 2048  # of the square matrices
@@ -40,18 +61,22 @@ def flops_per_character(config: DiffusionConfig) -> int:
 
 def seconds_of(work, device, times=1):
     """Wall time of one call, from when the device is idle until it is idle again."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(times):
         work()
-    wait()
+    synchronize(device)
     return (time.perf_counter() - started) / times
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def products(device, dtype):
     a = torch.randn(SIDE, SIDE, device=device, dtype=dtype)
-    return lambda: a @ a
+    return partial(torch.matmul, a, a)
 
 
 def plain_step(tokens, batch_size, device):
@@ -83,29 +108,42 @@ def our_step(tokens, args, device, rank=0, world=1):
         network = DistributedDataParallel(network)
         network.broadcast_buffers = False
     generator = torch.Generator(device).manual_seed(args.seed)
+    rows = args.batch_size // world
+    mine = slice(rank * rows, (rank + 1) * rows)
 
     def step():
-        batch = draw_batch(tokens, CONFIG, args, generator)
-        backward(network, batch, args.batch_size // world, CONFIG.mask_token_id, rank, world)
-        update(model, optimizers, args.grad_clip)
+        batch = draw_batch(tokens, CONFIG, args.batch_size, generator)
+        x_0, x_t, masked, t, weight = (part[mine] for part in batch)
+        with autocast(device):
+            logits = network(x_t, t)
+        loss = (masked_nll(logits, x_0, masked, CONFIG.mask_token_id) * weight).sum()
+        (loss * world).backward()
+        update(model, optimizers, factor=1.0)
 
     return step
 
 
+def ratio(seconds, a, b):
+    """How many times as long a takes as b: the median over the rounds."""
+    return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
+
 def one_process(options, args, tokens, device):
-    work = {"products, float32": products(device, torch.float32), "plain step": plain_step(tokens, args.batch_size, device),
-            "our step": our_step(tokens, args, device)}
+    work = {
+        "products, float32": products(device, torch.float32),
+        "plain step": plain_step(tokens, args.batch_size, device),
+        "our step": our_step(tokens, args, device),
+    }
     if multiplies_bf16(device):
         work["products, bfloat16"] = products(device, torch.bfloat16)
-    times = {name: 20 if "products" in name else 1 if device.type == "cpu" else 20 for name in work}
-    for step in work.values():  # compilation, caches
-        step(), step()
+    times = {name: 1 if "step" in name and device.type == "cpu" else 20 for name in work}
+    for step in work.values():
+        seconds_of(step, device, times=2)  # compilation, caches
     seconds = {name: [] for name in work}
     for _ in range(options.repeats):
         for name, step in work.items():
             seconds[name].append(seconds_of(step, device, times[name]))
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
     characters = args.batch_size * CONFIG.sequence_len
     flops = characters * flops_per_character(CONFIG)
     fastest = "products, bfloat16" if multiplies_bf16(device) else "products, float32"
@@ -113,14 +151,14 @@ def one_process(options, args, tokens, device):
         if "products" in name:
             print(f"{name:20} {2 * SIDE**3 / median[name] / 1e9:10,.0f} GFLOP/s")
     for name in ("plain step", "our step"):
-        print(f"{name:20} {1000 * median[name]:10,.1f} ms {characters / median[name]:12,.0f} characters/s "
-              f"{flops / median[name] / 1e9:10,.0f} GFLOP/s")
-    print(f"our step: {100 * ratio(fastest, 'our step') * flops / (2 * SIDE**3):.0f}% of the rate of {fastest}, "
-          f"{ratio('plain step', 'our step'):.2f} times as fast as the plain step")
+        print(f"{name:20} {1000 * median[name]:10,.1f} ms {characters / median[name]:12,.0f} "
+              f"characters/s {flops / median[name] / 1e9:10,.0f} GFLOP/s")
+    utilisation = ratio(seconds, fastest, "our step") * flops / (2 * SIDE**3)
+    print(f"our step: {100 * utilisation:.0f}% of the rate of {fastest}, "
+          f"{ratio(seconds, 'plain step', 'our step'):.2f} times as fast as the plain step")
 
 
 def several_processes(options, args, tokens, device, rank, world):
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     alone, together = our_step(tokens, args, device), our_step(tokens, args, device, rank, world)
     if rank == 0:
         alone()
@@ -132,29 +170,29 @@ def several_processes(options, args, tokens, device, rank, world):
         ratios.append(by_one / seconds_of(together, device, 3))
         dist.barrier()
     if rank == 0:
-        ratio = statistics.median(ratios)
-        print(f"{world} processes: {ratio:.2f} times as fast as one, {100 * ratio / world:.0f}% efficiency")
+        median = statistics.median(ratios)
+        print(f"{world} processes: {median:.2f} times as fast as one, "
+              f"{100 * median / world:.0f}% efficiency")
     dist.destroy_process_group()
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
-    parser.add_argument("--batch-size", type=number(int, least=1), default=64, help="sequences per step, over all processes")
-    parser.add_argument("--repeats", type=number(int, least=1), default=5, help="measurements of each")
-    parser.add_argument("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    parser.add_argument("--no-compile", action="store_true", help="our step without torch.compile")
-    options = parser.parse_args()
-    args = parse_arguments(["--batch-size", str(options.batch_size), *["--no-compile"] * options.no_compile])
+    add = parser.add_argument
+    add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
+    add("--repeats", type=COUNT, default=5, help="measurements of each")
+    add_device_argument(parser)
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for our step")
+    options = parser.parse_args(argv)
+    args = parse_arguments(["--batch-size", str(options.batch_size), "--device", options.device])
+    args.compile = options.compile
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(options.device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    rank, world, device = start_processes(args)
     tokens = load_corpus(DEFAULT_DATA, CONFIG)[0].to(device)
     if rank == 0:
-        print(f"{world} x {hardware(device)}, {args.batch_size} x {CONFIG.sequence_len} characters a step, seed {args.seed}")
+        print(f"{world} x {hardware(device)}, {args.batch_size} x {CONFIG.sequence_len} characters "
+              f"a step, seed {args.seed}")
     if world > 1:
         several_processes(options, args, tokens, device, rank, world)
     else:

@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+
+from model import DiffusionConfig, DiffusionTransformer, run, save_weights
 
 import pytest
 import torch
-
-from model import DiffusionConfig, DiffusionTransformer, save_weights
-from sample import run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = DiffusionConfig(sequence_len=32, n_layer=2, n_head=2, n_embd=32, context_len=4)
@@ -52,6 +52,12 @@ def last(states):
     return x
 
 
+def partly_masked(batch, length, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(1, 128, (batch, length), generator=generator)
+    return x.masked_fill(torch.rand(batch, length, generator=generator) < share, 0)
+
+
 def all_masks(length):
     return torch.tensor(list(itertools.product([False, True], repeat=length)))
 
@@ -64,13 +70,12 @@ def tiny_weights(tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Calls a script's main with a command line, in this process: importing torch anew takes seconds."""
+def command(capsys):
+    """Calls a script's main with a command line in this process: importing torch takes seconds."""
 
     def call(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
         try:
-            run(main)
+            run(partial(main, [str(argument) for argument in arguments]))
             code = 0
         except SystemExit as exit:
             code = exit.code
@@ -80,9 +85,11 @@ def command(monkeypatch, capsys):
     return call
 
 
-# Imports torch's optimizers once, which takes seconds, and forks a child for every run after that
-forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["training", "torch._dynamo"])
+# Where there is a fork server, it imports torch's optimizers once, which takes seconds
+methods = multiprocessing.get_all_start_methods()
+forks = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+if "forkserver" in methods:
+    forks.set_forkserver_preload(["training", "torch._dynamo"])
 
 
 def _run_training(arguments, log):
@@ -95,25 +102,36 @@ def _run_training(arguments, log):
 
 
 class Training:
-    """A run of training.py with a process of its own; `output` is what it prints to both streams."""
+    """A run of training.py in a process of its own; `output` is what it prints to both streams."""
 
     def __init__(self, *arguments):
         self.log = Path(tempfile.mkstemp()[1])
-        self.process = forks.Process(target=_run_training, args=([str(a) for a in arguments], str(self.log)))
+        arguments = [str(argument) for argument in arguments]
+        self.process = forks.Process(target=_run_training, args=(arguments, str(self.log)))
         self.process.start()
 
     def wait(self):
-        self.process.join(60)
-        self.output = self.log.read_text()
+        self.process.join(120)
+        self.output = self.log.read_text(encoding="utf-8")
         return self
 
 
-def script(*arguments, cwd=None, env=None, **kwargs):
-    """Runs one of the project's scripts as a user would, but for uv; returns the finished process."""
-    name, *rest = map(str, arguments)
+def launch(name, *arguments, processes=None, cwd=None, env=None):
+    """Starts one of the project's scripts as a user would, but for uv; under torchrun if asked."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words = [sys.executable, *(torchrun if processes else []), ROOT / name, *arguments]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **(env or {})}
-    return subprocess.run([sys.executable, str(ROOT / name), *rest], capture_output=True, text=True,
-                          timeout=120, cwd=cwd, env=settings, **kwargs)
+    return subprocess.Popen(
+        [str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, encoding="utf-8", cwd=cwd, env=settings,
+    )
+
+
+def script(name, *arguments, stdin="", **kwargs):
+    """Runs one of the project's scripts to its end."""
+    process = launch(name, *arguments, **kwargs)
+    out, err = process.communicate(stdin, timeout=180)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def assert_one_clear_line(process, *words):

@@ -1,11 +1,16 @@
 import importlib
 import io
+import os
+from argparse import Namespace
 from dataclasses import replace
 
 import drawing
+from model import BadInput
+
+import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_clear_line, random_model, script
+from conftest import TINY, assert_one_clear_line, random_model, script
 from PIL import Image
 
 life = importlib.import_module("game-of-life")
@@ -45,7 +50,7 @@ def test_glider_crosses_the_edge_and_comes_back():
 def test_game_rewrites_live_cells_and_no_others():
     model = random_model()
     text, hidden = torch.randint(1, 128, (32, 32)), torch.rand(32, 32) < 0.3
-    states = list(life.rewrite(model, text, hidden, seed=0, temperature=1.0, calls=4))
+    states = list(life.rewrite(model, text, hidden, temperature=1.0, calls=4, seed=0))
     assert torch.equal(states[0] == 0, hidden)
     assert torch.equal(states[-1][~hidden], text[~hidden]) and (states[-1] != 0).all()
     assert 4 <= len(states) - 1 <= 5
@@ -53,12 +58,13 @@ def test_game_rewrites_live_cells_and_no_others():
 
 def test_game_works_where_the_sequence_length_does_not_divide_the_board():
     model = random_model(replace(TINY, sequence_len=48))
-    *_, text = life.rewrite(model, torch.ones(32, 32, dtype=torch.long), torch.ones(32, 32, dtype=torch.bool), 0, 1.0, 2)
+    text = torch.ones(32, 32, dtype=torch.long)
+    *_, text = life.rewrite(model, text, text == 1, temperature=1.0, calls=2, seed=0)
     assert (text != 0).all()
 
 
 def some_frames():
-    states = [torch.tensor([[0, 0, 0, 0]]), torch.tensor([[72, 0, 0, 10]]), torch.tensor([[72, 105, 7, 10]])]
+    states = [torch.tensor([ids]) for ids in ([0, 0, 0, 0], [72, 0, 0, 10], [72, 105, 7, 10])]
     return list(drawing.frames_of(states, mask_token_id=0, shape=(2, 2), title="test"))
 
 
@@ -82,8 +88,44 @@ def test_terminal_redraws_in_place_and_gives_the_cursor_back():
     out = Terminal()
     drawing.play_in_terminal(some_frames(), fps=1000, out=out)
     text = out.getvalue()
-    assert text.count("\x1b[3F") == 2  # title and two rows, up again before the second and third frame
+    assert text.count("\x1b[3F") == 2  # up by title and two rows, before the second and third frame
     assert text.startswith("\x1b[?25l") and text.endswith("\x1b[?25h")
+
+
+def test_no_color_and_dumb_terminals_are_honoured(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = Terminal()
+    drawing.play_in_terminal(some_frames(), fps=1000, out=out)
+    assert "\x1b[38" not in out.getvalue() and "\x1b[3F" in out.getvalue()
+    monkeypatch.setenv("TERM", "dumb")
+    out = Terminal()
+    drawing.play_in_terminal(some_frames(), fps=1000, out=out)
+    assert "\x1b" not in out.getvalue() and out.getvalue().splitlines()[1:] == ["Hi", "·↵"]
+
+
+def test_characters_of_several_bytes_are_shown_as_themselves():
+    ids = torch.tensor(list("é☃\n".encode()) + [0xE2, 0x98, 7])
+    assert drawing.glyphs(ids) == ["é", "·", "☃", "·", "·", "↵", "·", "·", "·"]
+
+
+@pytest.mark.parametrize("lines, cols", [(24, 80), (24, 40), (10, 40), (40, 8)])
+def test_animations_fit_the_terminal(lines, cols, monkeypatch):
+    monkeypatch.setattr(drawing.sys, "stdout", Terminal())
+    size = os.terminal_size((cols, lines))
+    monkeypatch.setattr(drawing.shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setenv("TERM", "xterm")
+    args = Namespace(save=None, window=False, seed=0, temperature=1.0, density=0.3, generations=1,
+                     calls=2, num_blocks=1, fps=10)
+    rows, width = process.frame_shape(256, *drawing.room(args))
+    assert rows * width == 256
+    assert rows <= lines - 2 and width <= cols
+    for frame in life.frames(random_model(), torch.device("cpu"), args):
+        assert frame.ids.size(0) <= lines - 2 and frame.ids.size(1) <= cols
+
+
+def test_a_terminal_that_is_too_small_is_named():
+    with pytest.raises(BadInput, match="20 x 4"):
+        process.frame_shape(256, rows=2, cols=20)
 
 
 def test_a_pipe_gets_the_last_frame_as_plain_text():
@@ -114,21 +156,32 @@ def test_gif_has_every_frame_with_its_duration(tmp_path):
 
 def test_scripts_write_pictures_without_a_display(tiny_weights, tmp_path):
     settings = {"DISPLAY": "", "MPLBACKEND": ""}
-    made = script("animations/diffusion-process.py", "--weights", tiny_weights, "--num-blocks", 2, "--save", tmp_path / "a.gif",
-                  cwd=tmp_path, env=settings)
+    made = script("animations/diffusion-process.py", "--weights", tiny_weights, "--num-blocks", 2,
+                  "--save", tmp_path / "a.gif", cwd=tmp_path, env=settings)
     assert made.returncode == 0, made.stderr
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames > 4
-    made = script("animations/game-of-life.py", "--weights", tiny_weights, "--generations", 2, "--calls", 2, "--save",
-                  tmp_path / "life.png", env=settings)
+    made = script("animations/game-of-life.py", "--weights", tiny_weights, "--generations", 2,
+                  "--calls", 2, "--save", tmp_path / "life.png", env=settings)
     assert made.returncode == 0, made.stderr
     assert len(list(tmp_path.glob("life-*.png"))) == 6
 
 
-def test_animations_play_in_a_pipe_and_in_a_window(tiny_weights, command):
-    assert command(process.main, "--weights", tiny_weights, "--num-blocks", 1).stdout.count("\n") == 2
-    played = command(life.main, "--weights", tiny_weights, "--generations", 1, "--window", "--fps", 50)
+def test_animations_play_in_a_pipe_and_in_a_window(tiny_weights, command, monkeypatch):
+    piped = command(process.main, "--weights", tiny_weights, "--num-blocks", 1)
+    assert piped.stdout.count("\n") == 2
+    arguments = ["--weights", tiny_weights, "--generations", 1, "--window", "--fps", 50]
+    assert_one_clear_line(command(life.main, *arguments), "--window", "no display")
+    monkeypatch.setattr(plt, "get_backend", lambda: "a backend with windows")
+    played = command(life.main, *arguments)
     assert played.returncode == 0, played.stderr
+
+
+def test_output_is_utf8_whatever_the_locale_says(tiny_weights):
+    shown = script("animations/diffusion-process.py", "--weights", tiny_weights, "--num-blocks", 1,
+                   env={"PYTHONIOENCODING": "cp1252"})
+    assert shown.returncode == 0, shown.stderr
+    assert len(shown.stdout.splitlines()[1]) == 32
 
 
 @pytest.mark.parametrize("name", [life, process], ids=["game-of-life", "diffusion-process"])
@@ -136,10 +189,11 @@ def test_animations_play_in_a_pipe_and_in_a_window(tiny_weights, command):
     (["--save", "a.bmp"], ["a.bmp", ".gif"]),
     (["--save", "/nowhere/a.gif"], ["/nowhere"]),
     (["--save", "/proc/a.gif"], ["/proc/a.gif", "written"]),
-    (["--fps", "0"], ["'0'", "above 0"]),
+    (["--fps", "0"], ["'0'", "at least 0.1"]),
     (["--temperature", "-1"], ["-1"]),
     (["--weights", "nowhere.pt"], ["nowhere.pt"]),
     (["--device", "cuda:9"], ["cuda:9"]),
 ])
 def test_bad_input_to_animations_is_one_line(name, arguments, words, tiny_weights, command):
-    assert_one_clear_line(command(name.main, "--weights", tiny_weights, *arguments), *words)
+    process = command(name.main, "--weights", tiny_weights, *arguments)
+    assert_one_clear_line(process, *words)

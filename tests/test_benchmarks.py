@@ -3,14 +3,14 @@
 import math
 from collections import Counter
 
+from model import DiffusionConfig, DiffusionTransformer
+
 import benchmark_sampling as judging
 import benchmark_training as timing
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-from model import DiffusionConfig, DiffusionTransformer
 
 TEXT = "to be or not to be that is the question whether tis nobler in the mind to suffer"
 
@@ -19,25 +19,32 @@ def plain_witten_bell(text, history, character):
     """P(character | history) as the formula reads, from counts of substrings."""
     if history is None:
         return 1 / 127
-    after = Counter(text[i + len(history)] for i in range(len(text) - len(history)) if text.startswith(history, i))
+    n = len(history)
+    after = Counter(text[i + n] for i in range(len(text) - n) if text.startswith(history, i))
     shorter = plain_witten_bell(text, history[1:] if history else None, character)
-    return (after[character] + len(after) * shorter) / (sum(after.values()) + len(after)) if after else shorter
+    if not after:
+        return shorter
+    return (after[character] + len(after) * shorter) / (sum(after.values()) + len(after))
 
 
 def test_judge_is_interpolated_witten_bell():
     judge = judging.NGramJudge(np.frombuffer(TEXT.encode(), np.uint8), order=4)
     for text in ("to be seen", "xyz the qu"):
-        expected = [-math.log(plain_witten_bell(TEXT, text[i - 3 : i], text[i])) for i in range(3, len(text))]
-        np.testing.assert_allclose(judge.nats(np.frombuffer(text.encode(), np.uint8), skip=3), expected)
+        p = [plain_witten_bell(TEXT, text[i - 3 : i], text[i]) for i in range(3, len(text))]
+        ids = np.frombuffer(text.encode(), np.uint8)
+        np.testing.assert_allclose(judge.nats(ids, skip=3), -np.log(p))
 
 
 def test_judge_gives_a_probability_to_every_character_and_one_to_all_of_them():
     judge = judging.NGramJudge(np.frombuffer(TEXT.encode(), np.uint8))
-    total = sum(math.exp(-judge.nats(np.frombuffer(b" the qu" + bytes([c]), np.uint8), skip=7)[0]) for c in range(1, 128))
+    texts = [np.frombuffer(b" the qu" + bytes([c]), np.uint8) for c in range(1, 128)]
+    total = sum(math.exp(-judge.nats(text, skip=7)[0]) for text in texts)
     assert total == pytest.approx(1)
 
 
-@pytest.mark.parametrize("text, expected", [("not to be xx", 10), ("zzz", 0), (TEXT, len(TEXT)), ("question not to", 9)])
+@pytest.mark.parametrize("text, expected", [
+    ("not to be xx", 10), ("zzz", 0), (TEXT, len(TEXT)), ("question not to", 9),
+])
 def test_longest_copy(text, expected):
     assert judging.longest_copy(text, TEXT) == expected
 

@@ -3,15 +3,9 @@ import math
 import os
 from dataclasses import asdict
 
-import pytest
-import torch
-import torch.nn.functional as F
-from conftest import TINY, TableModel, all_masks, random_model
-from hypothesis import given
-from hypothesis import strategies as st
-
 from model import (
     DEFAULT_DATA,
+    DEFAULT_DATA_SHA256,
     BadInput,
     DiffusionConfig,
     DiffusionTransformer,
@@ -29,6 +23,13 @@ from model import (
     save_weights,
 )
 
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, TableModel, all_masks, random_model
+from hypothesis import given
+from hypothesis import strategies as st
+
 # ---- characters
 
 
@@ -42,7 +43,10 @@ def test_any_unicode_text_survives_with_a_byte_vocabulary(text):
     assert decode_tokens(encode_text(text, vocab_size=256)) == text
 
 
-@pytest.mark.parametrize("text, character, position", [("caf\u00e9", "\u00e9", 3), ("a\0b", "\\x00", 1), ("\u2603", "\u2603", 0)])
+@pytest.mark.parametrize("text, character, position", [
+    ("caf\u00e9", "\u00e9", 3), ("a\0b", "\\x00", 1), ("\u2603", "\u2603", 0),
+    ("a" * 9 + "\U0001f600", "\U0001f600", 9),
+])
 def test_a_character_outside_the_vocabulary_is_named_with_its_position(text, character, position):
     with pytest.raises(BadInput, match=f"position {position}") as error:
         encode_text(text)
@@ -51,9 +55,9 @@ def test_a_character_outside_the_vocabulary_is_named_with_its_position(text, cha
 
 def test_corpus_is_the_published_file_split_as_nanogpt_splits_it():
     train, val, sha256 = load_corpus(DEFAULT_DATA, DiffusionConfig())
-    assert sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    assert sha256 == DEFAULT_DATA_SHA256
     assert (len(train), len(val)) == (1003854, 111540)
-    assert decode_tokens(train) + decode_tokens(val) == DEFAULT_DATA.read_text()
+    assert decode_tokens(train) + decode_tokens(val) == DEFAULT_DATA.read_text("utf-8")
     assert hashlib.sha256(DEFAULT_DATA.read_bytes()).hexdigest() == sha256
 
 
@@ -64,7 +68,8 @@ def test_default_model_has_the_published_parameters():
     model = DiffusionTransformer(DiffusionConfig())
     assert sum(p.numel() for p in model.parameters()) == 10_764_288
     block = ["attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    names = ["token_emb", "time_emb", *(f"blocks.{i}.{part}" for i in range(6) for part in block), "output_head"]
+    blocks = [f"blocks.{i}.{part}" for i in range(6) for part in block]
+    names = ["token_emb", "time_emb", *blocks, "output_head"]
     assert list(model.state_dict()) == [f"{name}.weight" for name in names]
     assert len(names) == 39
 
@@ -83,7 +88,8 @@ def test_initialisation_follows_its_table():
 
 def plain_forward(state, x_t, t, n_layer, n_head):
     """The architecture as its description reads, one sequence, head and position at a time."""
-    unit = lambda v: v / torch.sqrt((v * v).mean() + torch.finfo(v.dtype).eps)
+    def unit(v):
+        return v / torch.sqrt((v * v).mean() + torch.finfo(v.dtype).eps)
 
     def rotated(v, position):
         half = len(v) // 2
@@ -92,13 +98,15 @@ def plain_forward(state, x_t, t, n_layer, n_head):
         return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()])
 
     logits = []
-    for ids, level in zip(x_t, t):
+    for ids, level in zip(x_t, t, strict=True):
         x = [unit(state["token_emb.weight"][i] + state["time_emb.weight"][level]) for i in ids]
         for layer in range(n_layer):
-            w = {name: state[f"blocks.{layer}.{name}.weight"] for name in
-                 ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+            names = "attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
+            w = {name: state[f"blocks.{layer}.{name}.weight"] for name in names}
             normed = [unit(v) for v in x]
-            q, k, v = ([(w[f"attn.c_{name}"] @ row).chunk(n_head) for row in normed] for name in "qkv")
+            q, k, v = (
+                [(w[f"attn.c_{name}"] @ row).chunk(n_head) for row in normed] for name in "qkv"
+            )
             mixed = []
             for i in range(len(x)):
                 heads = []
@@ -108,7 +116,8 @@ def plain_forward(state, x_t, t, n_layer, n_head):
                     weights = (scores / math.sqrt(len(query))).softmax(0)
                     heads.append(sum(weight * v[j][h] for j, weight in enumerate(weights)))
                 mixed.append(x[i] + w["attn.c_proj"] @ torch.cat(heads))
-            x = [row + w["mlp.c_proj"] @ (w["mlp.c_fc"] @ unit(row)).clamp(min=0) ** 2 for row in mixed]
+            hidden = [(w["mlp.c_fc"] @ unit(row)).clamp(min=0) ** 2 for row in mixed]
+            x = [row + w["mlp.c_proj"] @ h for row, h in zip(mixed, hidden, strict=True)]
         logits.append(torch.stack([state["output_head.weight"] @ unit(row) for row in x]))
     return torch.stack(logits)
 
@@ -142,8 +151,10 @@ def test_the_time_index_matters():
     assert not torch.allclose(model(x, torch.tensor([0])), model(x, torch.tensor([127])))
 
 
-@pytest.mark.parametrize("change", [{"n_embd": 30, "n_head": 4}, {"n_layer": 0}, {"vocab_size": 300}, {"mask_token_id": 128},
-                                    {"context_len": 256}, {"sequence_len": 2.5}])
+@pytest.mark.parametrize("change", [
+    {"n_embd": 30, "n_head": 4}, {"n_layer": 0}, {"vocab_size": 300}, {"mask_token_id": 128},
+    {"context_len": 256}, {"sequence_len": 2.5},
+])
 def test_impossible_config_is_refused(change):
     with pytest.raises(BadInput):
         DiffusionConfig(**change)
@@ -174,7 +185,8 @@ def test_forward_process_masks_each_character_with_probability_t_over_the_steps(
 
 def test_forward_process_leaves_the_prefix_clean():
     x_0 = torch.randint(1, 128, (3, 8))
-    _, masked = q_sample(x_0, torch.full((3,), 128), DiffusionConfig(), prefix_len=torch.tensor([0, 3, 8]))
+    prefix_len = torch.tensor([0, 3, 8])
+    _, masked = q_sample(x_0, torch.full((3,), 128), DiffusionConfig(), prefix_len=prefix_len)
     assert masked.sum(1).tolist() == [8, 5, 0] and not masked[1, :3].any()
 
 
@@ -187,7 +199,8 @@ def test_mask_token_has_no_probability_and_the_rest_adds_up_to_one():
 def test_loss_and_gradient_stay_finite_with_nothing_or_everything_masked():
     model, x_0 = random_model(), torch.randint(1, 128, (2, 32))
     masked = torch.tensor([[False], [True]]).expand(2, 32)
-    nll = masked_nll(model(x_0.masked_fill(masked, 0), noise_index(masked, 128)), x_0, masked, 0)
+    logits = model(x_0.masked_fill(masked, 0), noise_index(masked, 128))
+    nll = masked_nll(logits, x_0, masked, 0)
     nll.sum().backward()
     assert nll[0] == 0 and nll[1] > 0
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -200,7 +213,7 @@ def test_bound_of_a_zero_output_head_is_the_log_of_the_real_characters():
 
 
 def enumerated_bound(model, x_0):
-    """The definition, word by word: every t, every mask with its probability, S / t times the sum."""
+    """The definition word by word: every t, every mask with its probability, the sum over it."""
     config = model.config
     S, L = config.diffusion_steps, config.sequence_len
     total = 0.0
@@ -227,10 +240,11 @@ def test_sampled_bound_equals_enumeration_over_all_masks():
     assert abs(mean - exact) < 4.5 * error
     by_count = [[], [], [], []]
     for masked in all_masks(3):
-        nll = masked_nll(model(x_0.masked_fill(masked, 0)[None], None), x_0[None], masked[None], 0).item()
-        by_count[int(masked.sum())].append(nll)
-    weights = masked_count_weights(3, 5)
-    assert sum(w * sum(n) / len(n) for w, n in zip(weights.tolist(), by_count[1:])) == pytest.approx(exact, rel=1e-5)
+        logits = model(x_0.masked_fill(masked, 0)[None], None)
+        by_count[int(masked.sum())].append(masked_nll(logits, x_0[None], masked[None], 0).item())
+    weights = masked_count_weights(3, 5).tolist()
+    by_weights = sum(w * sum(n) / len(n) for w, n in zip(weights, by_count[1:], strict=True))
+    assert by_weights == pytest.approx(exact, rel=1e-5)
 
 
 def test_bound_covers_the_whole_text_and_needs_no_full_last_window():
@@ -301,12 +315,16 @@ def test_a_truncated_checkpoint_is_refused_wherever_it_ends(tmp_path):
             load_weights(tmp_path / "cut.pt")
 
 
+def no_space(*_):
+    raise OSError("No space left on device")
+
+
 def test_a_save_that_fails_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
     path = tmp_path / "w.pt"
     save_atomically({"a": 1}, path)
     for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+            patch.setattr(module, name, no_space)
             with pytest.raises(BadInput, match="w.pt: not saved .No space left"):
                 save_atomically({"a": 2}, path)
         assert torch.load(path) == {"a": 1}
