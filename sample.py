@@ -102,6 +102,11 @@ def ancestral(proposal: Proposal, steps: int) -> torch.Tensor:
     return level == level.amax(1, keepdim=True)
 
 
+def left_to_right(proposal: Proposal, k: int) -> torch.Tensor:
+    """The k leftmost masked characters; k = 1 draws from the exact left-to-right distribution."""
+    return proposal.masked.cumsum(1) <= k
+
+
 def everything(proposal: Proposal) -> torch.Tensor:
     return proposal.masked
 
@@ -146,6 +151,7 @@ def denoise(
     generators   one per row, from `row_generators`
     """
     mask_token_id = model.config.mask_token_id
+    x = x.contiguous()  # index_copy on MPS needs that
     unmask_time = uniform(generators, x)                                    # (B, T)
     yield x
     while True:
@@ -292,7 +298,10 @@ def load_for_sampling(path: Path, device: torch.device) -> DiffusionTransformer:
 # --------------------------------------------------------------------------------------------------
 # The command line, parts of which the animations share
 
-METHOD_FLAGS = {"gumbel-top-k": "k", "top-k": "k", "threshold": "threshold", "ancestral": "steps"}
+METHOD_FLAGS = {
+    "gumbel-top-k": "k", "top-k": "k", "left-to-right": "k", "threshold": "threshold",
+    "ancestral": "steps",
+}
 
 
 def add_model_arguments(parser: CommandLine) -> None:
@@ -307,17 +316,18 @@ def add_sampler_arguments(parser: CommandLine) -> None:
     default = SamplerConfig()
     add("--method", choices=METHOD_FLAGS, default="gumbel-top-k",
         help="which characters a step unmasks: k drawn in proportion to confidence, the k most "
-        "confident, those above a confidence, or those of the exact reverse process")
-    add("--k", type=COUNT,
-        help=f"gumbel-top-k and top-k: characters per step (default: {DEFAULT_K})")
+        "confident, the k leftmost, those above a confidence, or those of the reverse process")
+    add("--k", type=COUNT, help="gumbel-top-k, top-k and left-to-right: characters per step "
+        f"(default: {DEFAULT_K}; left-to-right: 1)")
     add("--threshold", type=number(float, above=0, most=1),
         help=f"threshold: least confidence (default: {DEFAULT_THRESHOLD})")
     add("--steps", type=number(int, least=1, most=10**6),
         help=f"ancestral: levels of the reverse process (default: {DEFAULT_STEPS})")
     add("--temperature", type=TEMPERATURE, default=default.temperature,
         help="temperature of the draft; 0 always takes the likeliest character")
-    add("--sweeps", type=number(int, least=0, most=10**6), default=default.sweeps,
-        help="how often the correction redraws every new character")
+    add("--sweeps", type=number(int, least=0, most=10**6),
+        help="how often the correction redraws every new character "
+        f"(default: {default.sweeps}; left-to-right: 0)")
     add("--sweep-temperature", type=TEMPERATURE, default=default.sweep_temperature,
         help="temperature of the correction sweeps")
     add("--stride", type=COUNT, default=default.stride,
@@ -333,11 +343,15 @@ def sampler_config(args: argparse.Namespace, **lengths: int | None) -> SamplerCo
     rule = {
         "gumbel-top-k": partial(gumbel_top_k, k=args.k or DEFAULT_K),
         "top-k": partial(top_k, k=args.k or DEFAULT_K),
+        "left-to-right": partial(left_to_right, k=args.k or 1),
         "threshold": partial(threshold, tau=args.threshold or DEFAULT_THRESHOLD),
         "ancestral": partial(ancestral, steps=args.steps or DEFAULT_STEPS),
     }[args.method]
+    sweeps = args.sweeps
+    if sweeps is None:
+        sweeps = 0 if args.method == "left-to-right" else SamplerConfig.sweeps
     return SamplerConfig(
-        rule, args.temperature, args.sweeps, args.sweep_temperature, args.stride, **lengths
+        rule, args.temperature, sweeps, args.sweep_temperature, args.stride, **lengths
     )
 
 

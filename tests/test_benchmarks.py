@@ -1,15 +1,20 @@
 """The instruments: the n-gram judge, what is counted in its texts, and the count of operations."""
 
+import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
-from model import DiffusionConfig, DiffusionTransformer
+from model import DiffusionConfig, DiffusionTransformer, nelbo
 
+import benchmark_likelihood as likelihood
 import benchmark_sampling as judging
 import benchmark_training as timing
 import numpy as np
 import pytest
 import torch
+from causal_twin import causal_attention, next_nll
+from conftest import TableModel, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 TEXT = "to be or not to be that is the question whether tis nobler in the mind to suffer"
@@ -60,3 +65,39 @@ def test_operations_per_character_are_those_that_torch_counts():
         model(x, x[:, 0]).sum().backward()
     counted = sum(counter.get_flop_counts()["Global"].values())
     assert counted == 3 * 16 * timing.flops_per_character(config)
+
+
+def every_text(length, vocab_size):
+    return torch.tensor(list(itertools.product(range(1, vocab_size), repeat=length)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score", [likelihood.left_to_right, likelihood.most_confident_first])
+def test_exact_likelihoods_sum_to_one_over_all_texts(score):
+    config = DiffusionConfig(sequence_len=3, vocab_size=4, diffusion_steps=5, context_len=0)
+    nll = score(TableModel(config), every_text(3, 4))
+    assert (-3 * nll).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@torch.no_grad()
+def test_bounds_of_the_likelihood_benchmark_are_those_of_the_model():
+    config = DiffusionConfig(sequence_len=3, vocab_size=4, diffusion_steps=5, context_len=0)
+    model, x_0 = TableModel(config), torch.tensor([1, 3, 2])
+    expected, error = nelbo(model, x_0.repeat(500), passes=8)
+    discrete, _ = likelihood.bounds(model, x_0.expand(500, 3), draws=30, seed=1)
+    assert discrete.mean().item() == pytest.approx(expected, abs=4.5 * error + 0.01)
+    config = replace(config, diffusion_steps=100_000)  # nearly continuous time
+    discrete, continuous = likelihood.bounds(TableModel(config), x_0.expand(9, 3), 30, seed=1)
+    torch.testing.assert_close(discrete, continuous, rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+def test_the_causal_twin_predicts_each_character_from_those_before_it():
+    model = random_model()
+    x_0 = torch.randint(1, 128, (2, 32))
+    changed = x_0.clone()
+    changed[:, 20] = x_0[:, 20] % 127 + 1
+    with causal_attention():
+        before, after = next_nll(model, x_0, 0), next_nll(model, changed, 0)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.isclose(before[:, 20:], after[:, 20:]).all(0).any()

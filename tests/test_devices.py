@@ -1,5 +1,5 @@
-"""Device code without the device: everything runs on fake CUDA tensors, which know shapes, types and
-places but hold no numbers. A tensor made on the wrong device raises."""
+"""Device code without the device: it runs on fake CUDA tensors, which have shapes, types and places
+but hold no numbers. A tensor made on the wrong device raises."""
 
 import warnings
 from functools import partial

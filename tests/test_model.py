@@ -3,6 +3,7 @@ import math
 import os
 from dataclasses import asdict
 
+import model as model_module
 from model import (
     DEFAULT_DATA,
     DEFAULT_DATA_SHA256,
@@ -258,6 +259,21 @@ def test_bound_covers_the_whole_text_and_needs_no_full_last_window():
     reader = Reader(TINY)
     nelbo(reader, torch.randint(1, 128, (32 * 5 + 9,)), passes=2)
     assert sum(reader.seen) == 2 * (32 * 5 + 9)
+
+
+def test_a_long_text_is_measured_on_evenly_spaced_windows_in_small_pieces(monkeypatch):
+    """Memory must not grow with the text: no more than 64 rows have logits at a time."""
+    rows = []
+
+    class Reader(DiffusionTransformer):
+        def forward(self, x_t, t):
+            rows.append(len(x_t))
+            return super().forward(x_t, t)
+
+    monkeypatch.setattr(model_module, "EVALUATION_LIMIT", 32 * 150)
+    text = torch.randint(1, 128, (32 * 150 + 1,))
+    nelbo(Reader(TINY), text, passes=2)
+    assert sum(rows) == 2 * 150 and max(rows) <= 64
 
 
 # ---- the checkpoint

@@ -19,6 +19,7 @@ from sample import (
     generate,
     gumbel_top_k,
     infill,
+    left_to_right,
     row_generators,
     threshold,
     top_k,
@@ -41,6 +42,8 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+not_windows = pytest.mark.skipif(sys.platform == "win32", reason="uses /dev")
+
 RULES = {
     "threshold": partial(threshold, tau=0.1),
     "top-k": partial(top_k, k=3),
@@ -50,6 +53,7 @@ RULES = {
     "factor": partial(factor, f=2.0),
     "margin": partial(margin, k=3),
     "cosine ancestral": partial(cosine_ancestral, steps=9),
+    "left to right": partial(left_to_right, k=2),
     "leftmost": partial(leftmost, rule=partial(top_k, k=3), width=5),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -134,14 +138,30 @@ def exact_reverse_process(model, steps):
     return states
 
 
+def left_to_right_distribution(model):
+    """p(x_0) = product of p(x_i | x_<i, the rest masked), by enumeration."""
+    V, L = model.config.vocab_size, model.config.sequence_len
+    total = {}
+    for x_0 in itertools.product(range(1, V), repeat=L):
+        probability = 1.0
+        for i in range(L):
+            logits = model(torch.tensor([[*x_0[:i], *[0] * (L - i)]]), None)[0, i]
+            probability *= logits[1:].softmax(0)[x_0[i] - 1].item()
+        total[x_0] = probability
+    return total
+
+
 @torch.no_grad()
-def test_ancestral_sampling_draws_from_the_exact_reverse_process():
+@pytest.mark.parametrize("rule, distribution", [
+    (partial(ancestral, steps=4), partial(exact_reverse_process, steps=4)),
+    (partial(left_to_right, k=1), left_to_right_distribution),
+], ids=["ancestral", "left to right"])
+def test_sampling_draws_from_the_exact_distribution(rule, distribution):
     config = DiffusionConfig(sequence_len=3, vocab_size=4, diffusion_steps=4, context_len=0)
     model, n = TableModel(config, seed=1), 40_000
-    expected = exact_reverse_process(model, steps=4)
+    expected = distribution(model)
     assert sum(expected.values()) == pytest.approx(1)
-    blank, rule = torch.zeros(n, 3, dtype=torch.long), partial(ancestral, steps=4)
-    x = last(denoise(model, blank, rule, 1, row_generators(0, n)))
+    x = last(denoise(model, torch.zeros(n, 3, dtype=torch.long), rule, 1, row_generators(0, n)))
     found, counts = x.unique(dim=0, return_counts=True)
     observed = dict(zip(map(tuple, found.tolist()), counts.tolist(), strict=True))
     chi2 = sum((observed.get(x_0, 0) - n * p) ** 2 / (n * p) for x_0, p in expected.items())
@@ -395,7 +415,7 @@ def test_a_closed_pipe_ends_quietly(tiny_weights):
     (["--num-samples", "999999999999"], ["999999999999", "at most"]),
     (["--weights", "."], ["weights file ."]),
     (["--prompt-file", "."], ["."]),
-    (["--prompt-file", "/dev/zero"], ["/dev/zero", "device"]),
+    pytest.param(["--prompt-file", "/dev/zero"], ["/dev/zero", "device"], marks=not_windows),
     (["--weights", "nowhere.pt"], ["nowhere.pt", "training.py"]),
 ])
 def test_bad_input_to_sample_is_one_line(arguments, words, tiny_weights, command):

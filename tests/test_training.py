@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Training, assert_one_clear_line, launch, random_model, script
 
+not_windows = pytest.mark.skipif(sys.platform == "win32", reason="uses /dev")
 SIZES = ["--n-layer", 1, "--n-embd", 16, "--n-head", 1, "--sequence-len", 32, "--context-len", 4]
 SETTINGS = ["--batch-size", 8, "--eval-interval", 6, "--no-compile", "--device", "cpu"]
 TINY_RUN = [*SIZES, *SETTINGS]
@@ -214,7 +215,7 @@ def test_learning_rate_rises_stays_and_falls():
     (["--vocab-size", "999"], ["999"]),
     (["--context-len", "300"], ["300", "256"]),
     (["--seed", "99999999999999999999"], ["99999999999999999999", "at most"]),
-    (["--data", "/dev/zero"], ["/dev/zero", "device"]),
+    pytest.param(["--data", "/dev/zero"], ["/dev/zero", "device"], marks=not_windows),
     (["--data", "."], ["."]),
 ])
 def test_bad_input_to_training_is_one_line(arguments, words, tmp_path, command):

@@ -1,0 +1,146 @@
+"""What the model's likelihood is, beside that of its causal twin, on the same validation windows.
+
+    uv run tests/causal_twin.py --max-minutes 15        # first, for the last row
+    uv run tests/benchmark_likelihood.py --windows 48
+
+Every window of 256 characters is scored without context, in nats per character, by
+
+    NELBO, 128 steps        the bound that the project reports
+    NELBO, continuous time  its limit for ever more steps, which MDLM and MD4 report
+    left to right           exact: each character from those before it, with the rest masked
+    most confident first    exact: always the position whose likeliest character is most probable.
+                            The order depends only on what is already unmasked, so this is a
+                            likelihood too
+    causal twin             exact: the same trunk with causal attention (causal_twin.py)
+
+The standard errors are over windows; the differences to the first row are paired.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import (  # noqa: E402
+    DEFAULT_DATA,
+    DEFAULT_WEIGHTS,
+    SEED,
+    CommandLine,
+    DiffusionTransformer,
+    add_device_argument,
+    autocast,
+    hardware,
+    load_corpus,
+    load_weights,
+    log_probs,
+    masked_count_weights,
+    masked_nll,
+    noise_index,
+    number,
+    pick_device,
+    run,
+)
+from sample import load_for_sampling  # noqa: E402
+
+import torch  # noqa: E402
+from causal_twin import TWIN_WEIGHTS, causal_attention, next_nll  # noqa: E402
+
+
+def predict(model: DiffusionTransformer, x_0: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """log p(x_0 | x_t), (B, T, V), where `masked` (B, T) is hidden."""
+    config = model.config
+    x_t = x_0.masked_fill(masked, config.mask_token_id)
+    with autocast(x_0.device):
+        logits = model(x_t, noise_index(masked, config.diffusion_steps))
+    return log_probs(logits, config.mask_token_id)
+
+
+def bounds(model, x_0: torch.Tensor, draws: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The discrete and the continuous-time bound of each window of x_0 (N, T), (N,) each, from the
+    same masks: m is uniform, stratified over the draws, and the discrete bound weights it by
+    T w(m)."""
+    N, T = x_0.shape
+    generator = torch.Generator(x_0.device).manual_seed(seed)
+    weights = T * masked_count_weights(T, model.config.diffusion_steps).to(x_0.device)
+    discrete, continuous = torch.zeros(2, N, dtype=torch.float64, device=x_0.device)
+    for draw in range(draws):
+        u = torch.rand(N, 1, generator=generator, device=x_0.device)
+        m = ((draw + u) / draws * T).long().clamp(max=T - 1) + 1
+        rank = torch.rand(N, T, generator=generator, device=x_0.device).argsort(1).argsort(1)
+        masked = rank < m
+        log_p = predict(model, x_0, masked)
+        nll = masked_nll(log_p, x_0, masked, model.config.mask_token_id).double()
+        continuous += nll / draws
+        discrete += nll * weights[m[:, 0] - 1] / draws
+    return discrete, continuous
+
+
+def left_to_right(model, x_0: torch.Tensor) -> torch.Tensor:
+    """Exact -log p per character of each window of x_0 (N, T), (N,): one row per prefix."""
+    T = x_0.size(1)
+    position = torch.arange(T, device=x_0.device)
+    masked = position >= position[:, None]                          # (T, T): row i hides i...
+    nll = []
+    for window in x_0:
+        rows = window.expand(T, T)
+        parts = zip(rows.split(64), masked.split(64), strict=True)
+        log_p = torch.cat([predict(model, x, hidden) for x, hidden in parts])
+        nll.append(-log_p[position, position, window].double().mean())
+    return torch.stack(nll)
+
+
+def most_confident_first(model, x_0: torch.Tensor) -> torch.Tensor:
+    """Exact -log p per character of each window of x_0 (N, T), (N,), by confidence."""
+    N, T = x_0.shape
+    rows = torch.arange(N, device=x_0.device)
+    masked = torch.ones_like(x_0, dtype=torch.bool)
+    nll = torch.zeros(N, dtype=torch.float64, device=x_0.device)
+    for _ in range(T):
+        log_p = predict(model, x_0, masked)                         # (N, T, V)
+        confidence = log_p.amax(-1).masked_fill(~masked, -math.inf)
+        place = confidence.argmax(1)                                # (N,)
+        nll -= log_p[rows, place, x_0[rows, place]].double()
+        masked[rows, place] = False
+    return nll / T
+
+
+@torch.inference_mode()
+def main(argv: list[str] | None = None) -> None:
+    parser = CommandLine(__doc__)
+    add = parser.add_argument
+    add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to score")
+    add("--twin", type=Path, default=TWIN_WEIGHTS, help="the causal twin; left out if missing")
+    add("--windows", type=number(int, least=2, most=10**6), default=48,
+        help="evenly spaced validation windows")
+    add("--draws", type=number(int, least=1, most=10**6), default=64, help="masks per window")
+    add("--seed", type=SEED, default=0, help="random seed of the bounds")
+    add_device_argument(parser)
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    model = load_for_sampling(args.weights, device)
+    T = model.config.sequence_len
+    _, val, _ = load_corpus(DEFAULT_DATA, model.config)
+    starts = torch.linspace(0, len(val) - T, args.windows, dtype=torch.float64).long()
+    x_0 = val.unfold(0, T, 1)[starts].to(device)
+    discrete, continuous = bounds(model, x_0, args.draws, args.seed)
+    rows = {
+        "NELBO, 128 steps": discrete,
+        "NELBO, continuous time": continuous,
+        "left to right": left_to_right(model, x_0),
+        "most confident first": most_confident_first(model, x_0),
+    }
+    if args.twin.exists():
+        twin, _ = load_weights(args.twin, device)
+        with causal_attention():
+            rows["causal twin"] = next_nll(twin, x_0, model.config.mask_token_id).double().mean(1)
+    print(f"{args.windows} windows, {hardware(device)}, seed {args.seed}\n\n"
+          "| | nats per character | bits | difference to the bound |\n|---|---|---|---|")
+    root = math.sqrt(args.windows)
+    for name, nll in rows.items():
+        gap = nll - discrete
+        print(f"| {name} | {nll.mean():.4f} ± {nll.std() / root:.4f} | "
+              f"{nll.mean() / math.log(2):.4f} | {gap.mean():+.4f} ± {gap.std() / root:.4f} |")
+
+
+if __name__ == "__main__":
+    run(main)
