@@ -216,11 +216,12 @@ def draft_and_correct(
     arXiv 2503.00307) that visits every character equally often. Near temperature 0 it climbs to a
     likelier text close by. The draft brings the variety, the corrector the spelling."""
     region = x == model.config.mask_token_id if region is None else region
-    turn = region.cumsum(1) % config.stride
+    stride = min(config.stride, x.size(1) + 1)  # a larger one would only add empty turns
+    turn = region.cumsum(1) % stride
     for x_t in denoise(model, x, config.rule, config.temperature, generators):
         yield x_t
-    for phase in range(config.sweeps * config.stride):
-        remask = region & (turn == phase % config.stride)
+    for phase in range(config.sweeps * stride):
+        remask = region & (turn == phase % stride)
         x = x_t.masked_fill(remask, model.config.mask_token_id)
         for x_t in denoise(model, x, everything, config.sweep_temperature, generators):
             yield x_t
