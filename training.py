@@ -299,13 +299,15 @@ def refill(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """In some sequences a teacher writes part of what is masked, as in a reverse step, so that the
     network meets contexts that are not in the text. u (3, B, T) is uniform on [0, 1). Returns x_t,
-    masked and t after that, and which sequences (B,) were changed."""
+    masked and t after that, and the teachers' share in the loss (B,): the text has none in the
+    sequences that were changed."""
     changed = u[0, :, 0] < REFILL_RATE
     fill = masked & changed[:, None] & (u[1] < 0.9 * u[0, :, 1:2])  # up to 90% of the gaps
     log_p = torch.zeros(*x_t.shape, teachers[0].config.vocab_size, device=x_t.device)
     log_p[changed] = ask(teachers, x_t[changed], t[changed])
     x_t, masked = torch.where(fill, draw(log_p, 1.0, u[2]), x_t), masked & ~fill
-    return x_t, masked, noise_index(masked, teachers[0].config.diffusion_steps), changed
+    share = TEACHER_SHARE + (1 - TEACHER_SHARE) * changed
+    return x_t, masked, noise_index(masked, teachers[0].config.diffusion_steps), share
 
 
 def teacher_nll(
@@ -396,7 +398,9 @@ class Files:
                 f"{self.weights} has vocab_size {model.config.vocab_size}, this run "
                 f"{config.vocab_size}; choose another --weights"
             )
-        return nelbo(model, val, **QUICK)[0]
+        best, _ = nelbo(model, val, **QUICK)
+        warn(f"{self.weights} has a NELBO of {best:.4f}; only a lower one replaces it")
+        return best
 
 
 def write_log(rows: list[dict], path: Path) -> None:
@@ -429,6 +433,8 @@ def read_state(path: Path) -> dict:
 
 def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     """Rank, number of processes, device. torchrun says in the environment how many it starts."""
+    torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
         raise BadInput(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
@@ -545,15 +551,15 @@ def show_progress(model, state: RunState, seed: int) -> None:
     )
 
 
-def check_finite(losses: list[torch.Tensor], state: RunState, files: Files) -> float:
-    """The last of the losses of the latest steps. BadInput where one is not finite."""
-    values = torch.stack(losses).tolist()
+def check_finite(losses: list[torch.Tensor], state: RunState, files: Files) -> float | None:
+    """The last of the losses of the latest steps, if any. BadInput where one is not finite."""
+    values = [loss.item() for loss in losses]
     for step, value in enumerate(values, start=state.step - len(values)):
         if not math.isfinite(value):
             kept = f"{files.state} is the last save" if files.state.exists() else "nothing is saved"
             raise BadInput(f"the loss at step {step} is {value}: stopped; {kept}. A lower "
                            "--muon-learning-rate or --learning-rate may help")
-    return values[-1]
+    return values[-1] if values else None
 
 
 def start_run(
@@ -627,6 +633,15 @@ def finish(files: Files, state: RunState, val, device: torch.device) -> None:
           f"{meta['val_nelbo_error']:.4f} nats per character")
 
 
+def advise(files: Files, state: RunState) -> None:
+    """What a user can do who has stopped the run."""
+    if not files.state.exists():
+        warn("stopped before the first step; there is nothing to resume")
+        return
+    again = shlex.join([word for word in sys.argv[1:] if word != "--resume"])
+    warn(f"stopped after step {state.step}; continue: uv run training.py {again} --resume")
+
+
 def train(args: argparse.Namespace) -> None:
     # Processes and device
     stop = StopSignal()
@@ -640,39 +655,33 @@ def train(args: argparse.Namespace) -> None:
     train = train.to(device)
 
     # Model, optimizers, and the state of the run
-    torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
     model, optimizers, generator, state = start_run(args, config, corpus_sha256, device)
     teachers = load_teachers(args.teachers or [], config, device)
+    files = Files(args.weights)
     about = {
         "corpus_sha256": corpus_sha256, "seed": args.seed, "torch": str(torch.__version__),
         "hardware": f"{world} x {hardware(device)}", "started_from": state.started_from,
         "command": shlex.join(["uv", "run", "training.py", *sys.argv[1:]]),
     }
-    files = Files(args.weights)
     if leader:
         files.check(args, n_bytes=20 * sum(p.numel() for p in model.parameters()))
-        incumbent = files.incumbent(config, corpus_sha256, val, device)
-        state.best = min(state.best, incumbent)
+        state.best = min(state.best, files.incumbent(config, corpus_sha256, val, device))
         warn(f"training on {about['hardware']}")
-        if math.isfinite(incumbent):
-            warn(f"{files.weights} has NELBO {incumbent:.4f} now; only a lower one replaces it")
 
     # Compile and DDP
-    network = model
     rows = args.batch_size // world
     mine = slice(rank * rows, (rank + 1) * rows)  # of the batch
-    if args.compile or (args.compile is None and device.type != "mps"):
-        network = compiled(model, rows, device)
+    compiles = args.compile or (args.compile is None and device.type != "mps")
+    network = compiled(model, rows, device) if compiles else model
     if world > 1:
         network = DistributedDataParallel(network)
         network.broadcast_buffers = False  # the rotary tables never change
 
+    # The loop
     first_step = saved_step = state.step
-    progress, stopping, losses = 0.0, False, []
+    progress, stopping, losses, clock = 0.0, False, [], time.perf_counter()
     bar = tqdm(total=None if args.max_minutes else args.steps, initial=state.step, unit="step",
                disable=None if leader else True)  # None: silent unless stderr is a terminal
-    clock = time.perf_counter()
     while True:
         # Where the run is, by the clock or by the count; several processes agree now and then
         state.seconds, clock = state.seconds + time.perf_counter() - clock, time.perf_counter()
@@ -687,43 +696,38 @@ def train(args: argparse.Namespace) -> None:
         # Evaluate and save; a run that is told to stop saves only, as it may not be given long
         due = finished or stopping or state.step % args.eval_interval == 0
         if due and state.step > saved_step:
-            if losses:
-                check_finite(losses, state, files)
+            check_finite(losses, state, files)
             if leader and (finished or not stopping):
                 state.log.append(measure(model, train, val, state, args.batch_size))
                 save_if_best(files, about, model, state, val, device)
                 show_progress(model, state, args.seed)
             if leader:
                 save_state(args, files, about, model, optimizers, generator, state)
-            if world > 1:
-                dist.barrier()
             saved_step = state.step
         if finished or stopping:
             break
 
         # The batch, forward, loss, backward, update. Every process draws the whole batch and keeps
         # its rows, so that the batch does not depend on their number
-        noise_progress = 1.0 if args.init else progress
-        batch = draw_batch(train, config, args.batch_size, generator, noise_progress)
+        noise = 1.0 if args.init else progress  # weights that --init names have been through it
+        batch = draw_batch(train, config, args.batch_size, generator, noise)
         x_0, x_t, masked, t, weight = (part[mine] for part in batch)
         if teachers:
-            shape = (3, args.batch_size, config.sequence_len)
-            u = torch.rand(shape, generator=generator, device=device)[:, mine]
-            x_t, masked, t, changed = refill(teachers, x_t, masked, t, u)
+            u = torch.rand((3, *batch[0].shape), generator=generator, device=device)[:, mine]
+            x_t, masked, t, share = refill(teachers, x_t, masked, t, u)
             log_q = ask(teachers, x_t, t)                           # (B, T, V)
         with autocast(device):
             logits = network(x_t, t)                                # (B, T, V)
         nll = masked_nll(logits, x_0, masked, config.mask_token_id) # (B,)
         if teachers:
-            share = TEACHER_SHARE + (1 - TEACHER_SHARE) * changed   # the text has no say there
             soft = teacher_nll(logits, log_q, masked, config.mask_token_id)
             nll = share * soft + (1 - share) * nll
         loss = (nll * weight).sum()
         (loss * world).backward()  # DDP takes the mean over processes, the weights ask for the sum
         factor = learning_rate_factor(progress, args.decay)
         update(model, optimizers, factor)
-        state.step += 1
         losses.append(loss.detach())
+        state.step += 1
         bar.update()
 
         # Log, when that does not make the device wait
@@ -731,19 +735,14 @@ def train(args: argparse.Namespace) -> None:
             value = check_finite(losses, state, files)
             losses.clear()
             left = state.seconds * (1 - progress) / max(progress, 1e-9) / 60
-            bar.set_postfix_str(f"loss {value:.3f}, lr {factor * args.muon_learning_rate:.4f}, "
-                                f"{left:.1f} min left")
+            rate = args.muon_learning_rate * factor
+            bar.set_postfix_str(f"loss {value:.3f}, lr {rate:.4f}, {left:.1f} min left")
 
     bar.close()
     if leader and finished:
         finish(files, state, val, device)
-    elif leader and state.step > first_step:
-        again = shlex.join([word for word in sys.argv[1:] if word != "--resume"])
-        warn(f"stopped after step {state.step}; continue: uv run training.py {again} --resume")
     elif leader:
-        warn("stopped before the first step; there is nothing to resume")
-    if world > 1:
-        dist.destroy_process_group()
+        advise(files, state)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -759,6 +758,8 @@ def main(argv: list[str] | None = None) -> None:
         why = str(error).splitlines()[0]
         raise BadInput(f"another process of this run died or hangs ({why}); --resume continues "
                        "from the last save") from error
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from model import (  # noqa: E402
 )
 from training import (  # noqa: E402
     draw_batch,
-    keep_freed_memory,
     make_optimizers,
     parse_arguments,
     start_processes,
@@ -186,8 +185,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     args = parse_arguments(["--batch-size", str(options.batch_size), "--device", options.device])
     args.compile = options.compile
-    torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
     rank, world, device = start_processes(args)
     tokens = load_corpus(DEFAULT_DATA, CONFIG)[0].to(device)
     if rank == 0:
