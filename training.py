@@ -75,6 +75,7 @@ TEACHER_SHARE = 0.5  # of the loss, where there are teachers; the rest is the te
 REFILL_RATE = 0.5   # share of the sequences in which a teacher writes some of the context first
 AGREE_INTERVAL = 10  # steps between two agreements among processes on the clock and on stopping
 LOG_INTERVAL = 20   # steps between two looks at the loss on a GPU, which it has to wait for
+SIZES = [f.name for f in fields(DiffusionConfig) if f.name != "mask_token_id"]  # have a flag each
 NOT_SETTINGS = {"data", "weights", "device", "resume", "eval_only"}
 MAY_CHANGE_ON_RESUME = {"compile", "eval_interval"}
 QUICK = {"passes": 4, "windows": 64, "seed": 0}  # the same crops and masks at every evaluation
@@ -117,9 +118,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decay", type=number(float, least=0, most=1), default=0.5,
         help="share of the run in which the learning rate falls to zero")
     add("--seed", type=SEED, default=1337, help="random seed")
-    add = parser.add_argument_group("running").add_argument
+    group = parser.add_argument_group("running")
+    add = group.add_argument
     add("--eval-interval", type=COUNT, default=250, help="steps between evaluations and saves")
-    add_device_argument(parser)
+    add_device_argument(group)
     add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile, which pays "
         "off after a minute (default: except on MPS)")
     add("--resume", action="store_true", help="continue X.state.pt with the settings of that run")
@@ -131,7 +133,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         hint = "; to train it further: --init"
     elif args.init:
         settings, source = read_checkpoint(args.init)["config"], f"--init {args.init}"
-        settings, hint = {name: settings[name] for name in settings if name in args}, ""
+        settings, hint = {name: settings[name] for name in SIZES if name in settings}, ""
     else:
         return args
     parser.set_defaults(**settings)
@@ -332,6 +334,7 @@ class RunState:
     seconds: float = 0.0
     best: float = math.inf    # validation NELBO that the weights file has to beat
     wrote: bool = False       # whether this run has written it
+    finished: bool = False
     log: list[dict] = field(default_factory=list)
     started_from: dict = field(default_factory=dict)  # meta of the weights that --init named
 
@@ -371,6 +374,13 @@ class Files:
                     open(path, "ab").close()
             except OSError as error:
                 raise BadInput(f"{path}: cannot be written ({error.strerror})") from error
+        if self.state.exists() and not args.resume:
+            earlier = RunState(**read_state(self.state)["run"])
+            if not earlier.finished:
+                raise BadInput(
+                    f"{self.state} is an unfinished run, at step {earlier.step}: continue it with "
+                    "--resume, delete it, or choose another --weights"
+                )
         free = shutil.disk_usage(self.weights.parent).free
         if free < n_bytes:
             raise BadInput(
@@ -649,8 +659,7 @@ def train(args: argparse.Namespace) -> None:
     leader = rank == 0
 
     # Data
-    sizes = {f.name: getattr(args, f.name) for f in fields(DiffusionConfig) if f.name in args}
-    config = DiffusionConfig(**sizes)
+    config = DiffusionConfig(**{name: getattr(args, name) for name in SIZES})
     train, val, corpus_sha256 = load_corpus(args.data, config)
     train = train.to(device)
 
@@ -691,7 +700,7 @@ def train(args: argparse.Namespace) -> None:
             if args.max_minutes:
                 progress = state.seconds / (60 * args.max_minutes)
             progress, stopping = agree(progress, stop.received is not None, device)
-        finished = progress >= 1
+        finished = state.finished = progress >= 1
 
         # Evaluate and save; a run that is told to stop saves only, as it may not be given long
         due = finished or stopping or state.step % args.eval_interval == 0

@@ -1,6 +1,7 @@
 """training.py from the outside, in processes of its own with a tiny model, and its Muon."""
 
 import csv
+import math
 import os
 import random
 import signal
@@ -9,11 +10,18 @@ import time
 from pathlib import Path
 
 import training
-from model import load_weights, multiplies_bf16
+from model import (
+    DEFAULT_WEIGHTS,
+    autocast,
+    load_weights,
+    log_probs,
+    multiplies_bf16,
+    noise_index,
+)
 
 import pytest
 import torch
-from conftest import Training, assert_one_clear_line, launch, random_model, script
+from conftest import Training, assert_one_clear_line, launch, partly_masked, random_model, script
 
 not_windows = pytest.mark.skipif(sys.platform == "win32", reason="uses /dev")
 SIZES = ["--n-layer", 1, "--n-embd", 16, "--n-head", 1, "--sequence-len", 32, "--context-len", 4]
@@ -266,6 +274,52 @@ def test_resume_refuses_other_settings_than_the_run_has(
     assert_one_clear_line(process, f"{flag} {value}", f"has {saved}", "--init")
 
 
+# ---- teachers
+
+
+@torch.no_grad()
+def test_teacher_nll_is_the_cross_entropy_to_their_average():
+    """By enumeration over characters and teachers: each judges the same sequence."""
+    teachers = [random_model(seed=seed) for seed in range(3)]
+    x_t, student = partly_masked(1, 32, 0.5, seed=0), random_model(seed=9)
+    masked, t = x_t == 0, noise_index(x_t == 0, 128)
+    with autocast(torch.device("cpu")):
+        p = [log_probs(model(x_t, t), 0)[0].exp() for model in (*teachers, student)]
+    total = 0.0
+    for i in masked[0].nonzero().flatten().tolist():
+        for v in range(1, 128):
+            average = sum(q[i, v].item() for q in p[:3]) / 3
+            total -= average * math.log(p[3][i, v].item())
+    log_q = training.ask(teachers, x_t.repeat(3, 1), t.repeat(3))  # a row for each teacher
+    nll = training.teacher_nll(p[3].log().expand(3, -1, -1), log_q, masked.expand(3, -1), 0)
+    assert nll.mean().item() == pytest.approx(total / masked.sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_teachers_write_into_gaps_alone(seed):
+    torch.manual_seed(seed)
+    teachers, x_t = [random_model(seed=1), random_model(seed=2)], partly_masked(8, 32, 0.7, seed)
+    masked, t = x_t == 0, noise_index(x_t == 0, 128)
+    x, still, index, share = training.refill(teachers, x_t, masked, t, torch.rand(3, 8, 32))
+    assert torch.equal(x[~masked], x_t[~masked]) and torch.equal(x == 0, still)
+    assert torch.equal(index, noise_index(still, 128))
+    changed = (x != x_t).any(1)
+    assert changed.any() and (share[changed] == 1).all()
+    assert not (still & ~masked).any()
+
+
+def test_a_student_learns_from_teachers(whole_run, small_corpus, tmp_path, command):
+    arguments = ["--data", small_corpus, "--weights", tmp_path / "w.pt", "--teachers", whole_run,
+                 whole_run, "--steps", 12, *TINY_RUN]
+    process = command(training.main, *arguments)
+    assert process.returncode == 0, process.stderr
+    with open(tmp_path / "w.csv", newline="", encoding="utf-8") as file:
+        first, last = csv.DictReader(file)
+    assert float(last["val_nelbo"]) < float(first["val_nelbo"])
+    process = command(training.main, *arguments[:4], "--teachers", DEFAULT_WEIGHTS, *TINY_RUN)
+    assert_one_clear_line(process, "--teachers", "sequence_len", "256", "32")
+
+
 # ---- no user's file is lost
 
 
@@ -317,6 +371,20 @@ def test_the_state_of_a_run_is_not_taken_for_weights_to_replace(whole_run, small
     state = whole_run.with_name("w.state.pt")
     process = command(training.main, "--data", small_corpus, "--weights", state, *TINY_RUN)
     assert_one_clear_line(process, "w.state.pt", "--weights")
+
+
+def test_an_unfinished_run_is_not_overwritten_by_a_new_one(small_corpus, tmp_path, command):
+    files = ["--data", small_corpus, "--weights", tmp_path / "w.pt"]
+    run = Training(*files, "--steps", 1_000_000, *TINY_RUN)
+    while not (tmp_path / "w.state.pt").exists():
+        assert run.process.is_alive()
+        time.sleep(0.002)
+    os.kill(run.process.pid, signal.SIGINT)
+    run.wait()
+    before = snapshot(tmp_path)
+    process = command(training.main, *files, "--steps", 3, *TINY_RUN)
+    assert_one_clear_line(process, "unfinished run", "--resume")
+    assert snapshot(tmp_path) == before
 
 
 def test_dotted_names_have_files_of_their_own():
