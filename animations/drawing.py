@@ -200,6 +200,21 @@ def pyplot_with_window():
     return plt
 
 
+def shared_palette():
+    """A Pillow palette for all frames, as one for each would triple the size of a GIF: our colours,
+    and six shades of each towards the background, for the edges of glyphs."""
+    from PIL import Image
+
+    shades = [
+        round(back + (full - back) * step / 6)
+        for rgb in (TITLE, BLOCK, FRESH, CALM, FAINT) for step in range(7)
+        for back, full in zip(BACKGROUND, rgb, strict=True)
+    ]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(shades)
+    return palette
+
+
 def save(frames: Iterable[Frame], path: Path, fps: float) -> None:
     """One GIF, or numbered PNG files beside `path`, by Pillow."""
     frames = list(frames)
@@ -207,10 +222,7 @@ def save(frames: Iterable[Frame], path: Path, fps: float) -> None:
         for i, frame in enumerate(frames):
             draw(frame).save(path.with_name(f"{path.stem}-{i:04d}.png"))
         return
-    # One palette for all frames, from the one with the most colours: a palette each would triple
-    # the size of the file
-    fullest = max(frames, key=lambda frame: int(frame.fresh.any()) + int((~frame.masked).sum()))
-    palette = draw(fullest).quantize(32)
+    palette = shared_palette()
     images = [draw(frame).quantize(palette=palette, dither=0) for frame in frames]
     durations = [round(1000 * frame.hold / fps) for frame in frames]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0,

@@ -6,6 +6,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from drawing import Frame, add_arguments, room, show
@@ -83,14 +84,16 @@ def frames(model, device, args) -> Iterator[Frame]:
         after = [runner.x.view(shape).cpu() for runner in runners]
         masked = [text == config.mask_token_id for text in after]
         fresh = [text != old for text, old in zip(after, before, strict=True)]
-        yield Frame(
+        frame = Frame(
             side_by_side(*after, between=ord(" ")), side_by_side(*masked, between=False),
             side_by_side(*fresh, between=False) & ~side_by_side(*masked, between=False),
             "   ".join(runner.title() for runner in runners),
         )
+        yield frame
         before = after
         for runner in runners:
             runner.run_one_call()
+    yield replace(frame, hold=3 * args.fps)
 
 
 def main(argv: list[str] | None = None) -> None:

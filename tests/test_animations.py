@@ -4,9 +4,11 @@ import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import drawing
 from model import BadInput
+from sample import SamplerConfig, draft_and_correct, left_to_right, row_generators
 
 import matplotlib.pyplot as plt
 import pytest
@@ -18,6 +20,7 @@ linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="us
 
 life = importlib.import_module("game-of-life")
 process = importlib.import_module("diffusion-process")
+race = importlib.import_module("race")
 
 
 def board(*cells, side=8):
@@ -137,6 +140,32 @@ def test_a_pipe_gets_the_last_frame_as_plain_text():
     assert out.getvalue().splitlines()[1:] == ["Hi", "·↵"]
 
 
+def race_frames(model, **changes):
+    args = Namespace(save=True, window=False, seed=0, temperature=1.0, prompt="To be", fps=10)
+    return list(race.frames(model, torch.device("cpu"), Namespace(**{**vars(args), **changes})))
+
+
+def test_each_runner_of_a_race_makes_one_call_a_frame_and_then_waits():
+    frames = race_frames(random_model())
+    panels = [(frame.masked[:, :32], frame.masked[:, 36:]) for frame in frames]
+    assert [int(left.sum()) for left, _ in panels[:28]] == list(range(27, -1, -1))
+    calls = frames[-1].title.split("calls")
+    assert calls[0].endswith(": 27 ") and calls[1].endswith(": 10 ")  # 2 of the draft, 8 correct it
+    assert not panels[10][1].any() and len(frames) == 29
+    assert (frames[-1].ids[0, :5] == torch.tensor(list(b"To be"))).all()
+
+
+def test_both_runners_of_a_race_write_what_the_sampler_writes():
+    model = random_model()
+    last = race_frames(model)[-1].ids
+    x = torch.zeros(1, 32, dtype=torch.long)
+    x[0, :5] = torch.tensor(list(b"To be"))
+    ways = [SamplerConfig(partial(left_to_right, k=1), 1.0, sweeps=0), SamplerConfig(temperature=1)]
+    for way, panel in zip(ways, (last[:, :32], last[:, 36:]), strict=True):
+        *_, expected = draft_and_correct(model, x, way, row_generators(0, 1))
+        assert torch.equal(panel.flatten(), expected[0])
+
+
 def test_pictures_show_blocks_for_masked_cells_and_text_for_the_rest():
     first, _, third = (drawing.draw(frame) for frame in some_frames())
     colours = [{colour for _, colour in picture.getcolors(100_000)} for picture in (first, third)]
@@ -187,7 +216,7 @@ def test_output_is_utf8_whatever_the_locale_says(tiny_weights):
     assert len(shown.stdout.splitlines()[1]) == 32
 
 
-@pytest.mark.parametrize("name", [life, process], ids=["game-of-life", "diffusion-process"])
+@pytest.mark.parametrize("name", [life, process, race], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("arguments, words", [
     (["--save", "a.bmp"], ["a.bmp", ".gif"]),
     (["--save", "/nowhere/a.gif"], ["/nowhere"]),
