@@ -387,7 +387,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def read_stdin() -> str:
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix("\ufeff")  # a byte order mark
     except UnicodeDecodeError as error:
         raise BadInput(f"stdin: not UTF-8 text (byte {error.start})") from error
     except AttributeError as error:  # None, where the process has no stdin
@@ -408,7 +408,8 @@ class CallCounter:
 
 def write_blocks(model: DiffusionTransformer, args: argparse.Namespace) -> Iterator[list[str]]:
     """The new text of each sample, block by block."""
-    config, ids = model.config, encode_text(args.prompt, model.config.vocab_size)
+    config = model.config
+    ids = encode_text(args.prompt, config.vocab_size, config.mask_token_id)
     x = ids.to(next(model.parameters()).device).expand(args.num_samples, -1)
     how = sampler_config(args, block_len=args.block_len, context_len=args.context_len)
     block_len, _ = how.lengths(config.sequence_len)
@@ -432,13 +433,14 @@ def main(argv: list[str] | None = None) -> None:
         written = args.infill.count("_") * args.num_samples
         print(texts[0])
     else:
-        texts = [args.prompt] * args.num_samples
+        texts, shown = [args.prompt] * args.num_samples, 0
         for new in write_blocks(model, args):
+            texts = [text + more for text, more in zip(texts, new, strict=True)]
             bar.clear()
             # The first sample is streamed; the others follow when it is complete
-            print((args.prompt if written == 0 else "") + new[0], end="", flush=True)
-            texts = [text + more for text, more in zip(texts, new, strict=True)]
-            written += sum(map(len, new))
+            print(texts[0][shown:], end="", flush=True)
+            shown = len(texts[0])
+        written = sum(map(len, texts)) - len(args.prompt) * args.num_samples
         print()
     for i, text in enumerate(texts[1:], start=2):
         print(f"\n----- sample {i} -----\n{text}")
@@ -448,6 +450,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{written} characters in {seconds:.1f} s: {written / seconds:.0f} characters per second, "
         f"{calls.n} network calls", file=sys.stderr,
     )
+    if sys.stderr.isatty():
+        print('try --prompt "ROMEO:", --infill "To be, or ___", or --k 8 --temperature 1, which '
+              "writes likelier text in more calls", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from sample import (  # noqa: E402
     draw,
     generate,
     gumbel_top_k,
+    left_to_right,
     load_for_sampling,
     row_generators,
     threshold,
@@ -214,6 +215,7 @@ def frontier_points(temperatures):
         ("top-k 4", partial(top_k, k=4)),
         ("top-k 4, Gumbel noise", gumbel),
         ("top-k 4, Gumbel noise, leftmost 16", partial(leftmost, rule=gumbel, width=16)),
+        ("left to right, 1", partial(left_to_right, k=1)),
     ):
         yield f"draft alone, {name}", temperatures, SamplerConfig(rule, sweeps=0, **medium)
     for name, rule, sweeps, stride, block in (

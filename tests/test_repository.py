@@ -1,6 +1,7 @@
 """What a fresh clone holds: the shipped weights are what their meta and the README say they are."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -45,6 +46,22 @@ def test_readme_reports_the_figure_in_the_weights(shipped):
     readme = (ROOT / "README.md").read_text("utf-8")
     assert f"{meta['val_nelbo']:.4f}" in readme
     assert f"{meta['val_nelbo'] / math.log(2):.4f}" in readme
+
+
+def test_the_denoising_loop_of_the_readme_runs_as_written(capsys):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    _, loop, *_ = re.split("```python\n|```\n", readme[readme.index("```python") :])
+    exec(loop, {})
+    assert len(capsys.readouterr().out) == 256 + 1
+
+
+def test_every_script_that_the_readme_names_exists():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    named = set(re.findall(r"[\w/-]+\.(?:py|md|gif|png|csv|txt|pt)\b", readme))
+    theirs = {"weights/laptop.pt", "weights/my.pt", "my.txt", "out.txt", "loss-curve.png"}
+    places = [ROOT, ROOT / "animations"]
+    missing = {name for name in named if not any((place / name).exists() for place in places)}
+    assert missing <= theirs
 
 
 def test_top_level_holds_what_it_should_and_nothing_else():
