@@ -69,7 +69,9 @@ from tqdm import tqdm
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
 PREFIX_RATE = 0.25  # share of the sequences with a clean prefix, as sampling has one
-SPREAD = 1.0, 1.7   # width in logits of the bell from which t is drawn, at the start and the end
+SPREAD = 1.0        # width in logits of the bell from which t is drawn (tests/ablations.md)
+LATE_SPREAD = 1.7   # the same after --init: nearly flat, as the bound weighs all levels alike
+FLAT_RATE = 1 / 16  # share of the sequences with t from a flat distribution, or t = 1 never comes
 OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it
 TEACHER_SHARE = 0.5  # of the loss, where there are teachers; the rest is the text's
 REFILL_RATE = 0.5   # share of the sequences in which a teacher writes some of the context first
@@ -236,24 +238,22 @@ def draw_batch(
     config: DiffusionConfig,
     batch_size: int,
     generator: torch.Generator,
-    progress: float = 1.0,
+    spread: float = SPREAD,
+    opened: float = 1.0,
 ) -> tuple[torch.Tensor, ...]:
     """The batch of a step over all processes: x_0, x_t and masked (B, T), noise indices and loss
-    weights (B,), on the device of `train` and `generator`."""
+    weights (B,), on the device of `train` and `generator`. t / S is below `opened`."""
     B, T, device = batch_size, config.sequence_len, train.device
     starts = torch.randint(len(train) - T + 1, (B,), generator=generator, device=device)
     x_0 = train[starts[:, None] + torch.arange(T, device=device)]
     # t / S follows a logit-normal bell around 1/2, where a sequence has both something to read and
-    # something to predict (arXiv 2605.13026), stratified: one draw from each of B equal shares. At
-    # first t is low, as many visible neighbours teach the most; at the end the bell is nearly flat,
-    # or the first and last time indices would never be trained
+    # something to predict (arXiv 2605.13026), stratified: one draw from each of B equal shares
     strata = torch.randperm(B, generator=generator, device=device)
-    u, v, w = torch.rand(3, B, generator=generator, device=device)
+    u, v, w, flat = torch.rand(4, B, generator=generator, device=device)
     quantile = ((strata + u) / B).clamp(1e-4, 1 - 1e-4)
     normal = math.sqrt(2) * torch.erfinv(2 * quantile - 1)  # MPS has no ndtri
-    spread = SPREAD[0] + (SPREAD[1] - SPREAD[0]) * progress
-    opened = min(1.0, 0.4 + 0.6 * progress / OPENING)
-    t = (torch.sigmoid(spread * normal) * opened * config.diffusion_steps).long() + 1
+    noise = torch.where(flat < FLAT_RATE, quantile, torch.sigmoid(spread * normal))
+    t = (noise * opened * config.diffusion_steps).long() + 1
     prefix_len = (1 + v * config.context_len).long().clamp(max=config.context_len)
     x_t, masked = q_sample(x_0, t, config, generator, prefix_len * (w < PREFIX_RATE))
     # With equal weights the loss would be the bound itself (RADD, arXiv 2406.03736), but noisy: a
@@ -262,6 +262,14 @@ def draw_batch(
     weight = masked.sum(1).float().sqrt()
     weight = weight / weight.sum().clamp(min=1.0)
     return x_0, x_t, masked, noise_index(masked, config.diffusion_steps), weight
+
+
+def noise_schedule(progress: float, init: str | None) -> tuple[float, float]:
+    """Width of the bell, and how far the range of t is open. At first t is low, because many
+    visible neighbours teach the most; weights that --init names have that behind them."""
+    if init:
+        return LATE_SPREAD, 1.0
+    return SPREAD, min(1.0, 0.4 + 0.6 * progress / OPENING)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -432,8 +440,8 @@ def read_log(path: Path) -> list[dict]:
 def read_state(path: Path) -> dict:
     """The saved state of a run, or BadInput."""
     contents = read_checkpoint(path)
-    if "optimizers" not in contents:
-        raise BadInput(f"{path}: holds weights alone, so there is no run to resume")
+    if not {"optimizers", "run"} <= contents.keys():
+        raise BadInput(f"{path}: weights alone, or an older version's run, so nothing to resume")
     return contents
 
 
@@ -609,8 +617,7 @@ def save_state(args, files: Files, about: dict, model, optimizers, generator, st
             "model": model.state_dict(), "config": asdict(model.config), "meta": about,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "generator": generator.get_state(), "device": generator.device.type,
-            "args": settings,
-            "run": asdict(state),
+            "args": settings, "run": asdict(state),
         },
         files.state,
     )
@@ -632,7 +639,7 @@ def save_if_best(files: Files, about: dict, model, state: RunState, val, device)
 
 def finish(files: Files, state: RunState, val, device: torch.device) -> None:
     """The full bound of what the run wrote, into the file and onto the screen."""
-    if not state.wrote:
+    if not state.wrote or files.stamp() != files.seen:
         print(f"{files.weights} was better and stays; this run's model: "
               f"uv run sample.py --weights {files.state}")
         return
@@ -718,8 +725,8 @@ def train(args: argparse.Namespace) -> None:
 
         # The batch, forward, loss, backward, update. Every process draws the whole batch and keeps
         # its rows, so that the batch does not depend on their number
-        noise = 1.0 if args.init else progress  # weights that --init names have been through it
-        batch = draw_batch(train, config, args.batch_size, generator, noise)
+        spread, opened = noise_schedule(progress, args.init)
+        batch = draw_batch(train, config, args.batch_size, generator, spread, opened)
         x_0, x_t, masked, t, weight = (part[mine] for part in batch)
         if teachers:
             u = torch.rand((3, *batch[0].shape), generator=generator, device=device)[:, mine]

@@ -51,6 +51,7 @@ class Recipe:
     noise: str = "bell"      # how t is drawn; uniform: "stratified", "antithetic", "independent"
     spread: float = 1.2      # of the bell, in logits
     last_spread: float | None = None   # at the end of the run, if it widens
+    flat: float = 0.0                  # share of the sequences with t uniform instead
     optimizer: str = "muon"            # of the block matrices: "muon" or "adamw"
     muon_learning_rate: float = 0.02   # of the block matrices, even where AdamW trains them
     learning_rate: float = 3e-3        # of the rest
@@ -70,8 +71,11 @@ class Recipe:
 
 ROWS = {
     "baseline": Recipe(),
-    "the recipe": Recipe(spread=1.0, last_spread=1.7, curriculum=0.5),
-    "noise: bell of 1.0 to the end, opening until half": Recipe(spread=1.0, curriculum=0.5),
+    "the recipe": Recipe(spread=1.0, flat=1 / 16, curriculum=0.5),
+    "noise: bell of 1.0 alone, opening until half": Recipe(spread=1.0, curriculum=0.5),
+    "noise: bell of 1.0 widening to 1.7, opening until half": Recipe(
+        spread=1.0, last_spread=1.7, curriculum=0.5
+    ),
     "weighting: mean": Recipe(weighting="mean"),
     "weighting: flat": Recipe(weighting="flat"),
     "weighting: bound": Recipe(weighting="bound"),
@@ -123,6 +127,7 @@ def draw_levels(recipe, B, progress):
         widening = (recipe.last_spread or recipe.spread) - recipe.spread
         spread = recipe.spread + widening * progress
         noise = torch.sigmoid(spread * torch.special.ndtri(quantile))
+        noise = torch.where(torch.rand(B) < recipe.flat, quantile, noise)
     if recipe.curriculum:
         noise = noise * min(1.0, 0.4 + 0.6 * progress / recipe.curriculum)
     return (noise * CONFIG.diffusion_steps).long() + 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import training
 from model import (
     DEFAULT_WEIGHTS,
+    DiffusionConfig,
     autocast,
     load_weights,
     log_probs,
@@ -184,6 +185,15 @@ def test_max_minutes_follows_the_clock(small_corpus, tmp_path):
     state = state_of(tmp_path / "w.pt")
     assert 3 <= state["run"]["seconds"] < 15
     assert state["optimizers"][0]["param_groups"][0]["lr"] < 0.002  # it had fallen nearly to zero
+
+
+def test_every_time_index_is_trained():
+    """The bell alone never draws t = 1 or 2, and left the first time indices at random."""
+    config = DiffusionConfig(n_layer=1, n_head=1, n_embd=8)
+    train, generator = torch.ones(1000, dtype=torch.long), torch.Generator().manual_seed(0)
+    *_, t, _ = training.draw_batch(train, config, 100_000, generator)
+    share = t.bincount(minlength=128) / len(t)
+    assert (share > 0.25 * training.FLAT_RATE / 128).all() and share[60:68].mean() > 1.4 / 128
 
 
 def test_muon_matches_torch_optim_muon():
