@@ -81,8 +81,9 @@ def without_generator(function):
 
 @pytest.mark.parametrize("rule", [
     partial(sample.threshold, tau=0.9), partial(sample.top_k, k=3),
-    partial(sample.gumbel_top_k, k=3), partial(sample.ancestral, steps=9), sample.everything,
-], ids=["threshold", "top-k", "gumbel-top-k", "ancestral", "everything"])
+    partial(sample.gumbel_top_k, k=3), partial(sample.ancestral, steps=9),
+    partial(sample.left_to_right, k=1), sample.everything,
+], ids=["threshold", "top-k", "gumbel-top-k", "ancestral", "left-to-right", "everything"])
 def test_a_step_of_denoising_stays_on_its_device(rule, cuda):
     """One step by hand: the loop itself asks for numbers, to know which rows are finished."""
     network = network_on(cuda)

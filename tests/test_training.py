@@ -113,7 +113,8 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(
     os.kill(stopped.process.pid, signum)
     stopped.wait()
     assert stopped.process.exitcode == 0 and "--resume" in stopped.output
-    assert 6 <= state_of(tmp_path / "w.pt")["run"]["step"] < 18
+    run = state_of(tmp_path / "w.pt")["run"]
+    assert 6 <= run["step"] < 18 and len(run["log"]) <= run["step"] // 6  # saved unevaluated
     resumed = Training(*files, "--resume").wait()
     assert resumed.process.exitcode == 0, resumed.output
     assert_same_run(tmp_path / "w.pt", whole_run)
@@ -323,6 +324,7 @@ def test_a_student_learns_from_teachers(whole_run, small_corpus, tmp_path, comma
                  whole_run, "--steps", 12, *TINY_RUN]
     process = command(training.main, *arguments)
     assert process.returncode == 0, process.stderr
+    assert "min left" not in process.stderr  # no progress bar where there is no terminal
     with open(tmp_path / "w.csv", newline="", encoding="utf-8") as file:
         first, last = csv.DictReader(file)
     assert float(last["val_nelbo"]) < float(first["val_nelbo"])
