@@ -450,3 +450,9 @@ def test_a_byte_order_mark_is_dropped(tiny_weights, tmp_path, command):
     process = command(sample.main, "--weights", tiny_weights, "--prompt-file", path,
                       "--num-blocks", 1)
     assert process.returncode == 0 and process.stdout.startswith("To be"), process.stderr
+
+
+def test_a_clock_that_stands_still_divides_nothing_by_zero(tiny_weights, command, monkeypatch):
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: 1.0)
+    process = command(sample.main, "--weights", tiny_weights, "--num-blocks", 1)
+    assert process.returncode == 0 and "characters per second" in process.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import training
 from model import (
     DEFAULT_WEIGHTS,
+    BadInput,
     DiffusionConfig,
     autocast,
     load_weights,
@@ -454,3 +455,17 @@ def test_the_default_text_is_recognised_as_changed(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(model, "DEFAULT_DATA", text.resolve())
     model.load_corpus(text, model.DiffusionConfig())
     assert "line ends" in capsys.readouterr().err
+
+
+def test_a_lost_process_is_reported_with_its_cause_and_other_errors_as_they_are(monkeypatch):
+    def fail(message):
+        def train(args):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(training, "train", train)
+        training.main([])
+
+    with pytest.raises(BadInput, match="another process .*[(]Connection closed by peer[)]"):
+        fail("Connection closed by peer")
+    with pytest.raises(RuntimeError, match="NCCL error: invalid usage"):
+        fail("NCCL error: invalid usage")
