@@ -7,8 +7,8 @@
 
 from dataclasses import replace
 
-from drawing import add_arguments, frames_of, room, show
-from model import COUNT, BadInput, CommandLine, pick_device, run
+from drawing import add_arguments, frames_of, panel_shape, room, show
+from model import COUNT, CommandLine, pick_device, run
 from sample import (
     add_sampler_arguments,
     draft_and_correct,
@@ -20,21 +20,12 @@ from sample import (
 import torch
 
 
-def frame_shape(n: int, rows: int, cols: int) -> tuple[int, int]:
-    """Rows and columns for n characters: the widest lines, up to 64, that fill a rectangle which
-    fits into the room. BadInput where none does."""
-    for width in range(min(64, cols, n), 0, -1):
-        if n % width == 0 and n // width <= rows:
-            return n // width, width
-    raise BadInput(f"a terminal of {cols} x {rows + 2} is too small for {n} characters")
-
-
 def frames(model, device, config, args):
     """Each block is denoised after the last context_len characters of the one before."""
     T, context_len, mask_token_id = (
         model.config.sequence_len, model.config.context_len, model.config.mask_token_id
     )
-    shape = frame_shape(T, *room(args))
+    shape = panel_shape(T, *room(args))
     generators = row_generators(args.seed, 1)
     x = torch.full((1, T), mask_token_id, device=device)
     for block in range(args.num_blocks):

@@ -27,6 +27,8 @@ FRESH = (255, 196, 84)      # unmasked in this step
 CALM = (208, 214, 226)      # unmasked earlier
 FAINT = (70, 82, 108)       # line ends
 
+GAP = 4  # columns between panels side by side
+
 
 @dataclass
 class Frame:
@@ -104,6 +106,16 @@ def room(args) -> tuple[int, int]:
         return sys.maxsize, sys.maxsize
     cols, lines = shutil.get_terminal_size()
     return lines - 2, cols
+
+
+def panel_shape(n: int, rows: int, cols: int, panels: int = 1) -> tuple[int, int]:
+    """Rows and columns of each of the panels side by side, n characters each: the widest lines, up
+    to 64 in all, that fill a rectangle which fits into the room. BadInput where none does."""
+    gaps = GAP * (panels - 1)
+    for width in range(min(n, (min(cols, 64 + gaps) - gaps) // panels), 0, -1):
+        if n % width == 0 and n // width <= rows:
+            return n // width, width
+    raise BadInput(f"a terminal of {cols} x {rows + 2} is too small for {panels} x {n} characters")
 
 
 def animates(out) -> bool:

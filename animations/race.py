@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from drawing import Frame, add_arguments, room, show
+from drawing import GAP, Frame, add_arguments, panel_shape, room, show
 from model import TEMPERATURE, BadInput, CommandLine, encode_text, pick_device, run
 from sample import (
     CallCounter,
@@ -21,8 +21,6 @@ from sample import (
 )
 
 import torch
-
-GAP = 4  # columns between the two panels
 
 
 class Runner:
@@ -47,14 +45,6 @@ class Runner:
         return f"{self.name}: {self.calls} calls, {self.seconds:.1f} s"
 
 
-def panel_shape(n: int, rows: int, cols: int) -> tuple[int, int]:
-    """Rows and columns of each panel for n characters, side by side in the room that there is."""
-    for width in range(min(32, (cols - GAP) // 2, n), 0, -1):
-        if n % width == 0 and n // width <= rows:
-            return n // width, width
-    raise BadInput(f"a terminal of {cols} x {rows + 2} is too small for twice {n} characters")
-
-
 def side_by_side(left: torch.Tensor, right: torch.Tensor, between: int) -> torch.Tensor:
     """Two panels (rows, cols) with a gap of one value between them."""
     return torch.cat((left, torch.full_like(left[:, :1], between).expand(-1, GAP), right), 1)
@@ -62,7 +52,7 @@ def side_by_side(left: torch.Tensor, right: torch.Tensor, between: int) -> torch
 
 def frames(model, device, args) -> Iterator[Frame]:
     config = model.config
-    shape = panel_shape(config.sequence_len, *room(args))
+    shape = panel_shape(config.sequence_len, *room(args), panels=2)
     prompt = encode_text(args.prompt, config.vocab_size, config.mask_token_id)
     if len(prompt) > config.sequence_len:
         raise BadInput(f"the prompt has {len(prompt)} characters, a window {config.sequence_len}")

@@ -122,7 +122,7 @@ def test_animations_fit_the_terminal(lines, cols, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     args = Namespace(save=None, window=False, seed=0, temperature=1.0, density=0.3, generations=1,
                      calls=2, num_blocks=1, fps=10)
-    rows, width = process.frame_shape(256, *drawing.room(args))
+    rows, width = drawing.panel_shape(256, *drawing.room(args))
     assert rows * width == 256
     assert rows <= lines - 2 and width <= cols
     for frame in life.frames(random_model(), torch.device("cpu"), args):
@@ -131,7 +131,7 @@ def test_animations_fit_the_terminal(lines, cols, monkeypatch):
 
 def test_a_terminal_that_is_too_small_is_named():
     with pytest.raises(BadInput, match="20 x 4"):
-        process.frame_shape(256, rows=2, cols=20)
+        drawing.panel_shape(256, rows=2, cols=20)
 
 
 def test_a_pipe_gets_the_last_frame_as_plain_text():
