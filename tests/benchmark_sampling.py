@@ -1,7 +1,8 @@
 """How good and how fast is the sampler? The frontier of the rules, and the speed of sample.py.
 
     uv run tests/benchmark_sampling.py                      # every rule, 64 samples a row
-    uv run tests/benchmark_sampling.py --speed              # beside a plain loop and a causal model
+    uv run tests/causal_twin.py --max-minutes 36            # first, for the causal twin's rows
+    uv run tests/benchmark_sampling.py --speed              # beside a plain loop and the twin
     uv run tests/benchmark_sampling.py --plot frontier.png  # the frontier as a picture too
 
 Every sample continues 16 characters of held-out text by 240. Columns, each with its standard error
@@ -17,7 +18,6 @@ Likelihood alone rewards repetition and variety alone rewards noise: read n-gram
 together, beside the held-out row.
 """
 
-import itertools
 import math
 import re
 import sys
@@ -25,7 +25,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import (  # noqa: E402
@@ -35,12 +34,10 @@ from model import (  # noqa: E402
     SEED,
     TEMPERATURE,
     CommandLine,
-    autocast,
     decode_tokens,
     encode_text,
     load_corpus,
     load_weights,
-    log_probs,
     number,
     run,
 )
@@ -49,7 +46,6 @@ from sample import (  # noqa: E402
     SamplerConfig,
     ancestral,
     best_k,
-    draw,
     generate,
     gumbel_top_k,
     left_to_right,
@@ -57,14 +53,14 @@ from sample import (  # noqa: E402
     row_generators,
     threshold,
     top_k,
-    uniform,
 )
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+from causal_twin import TWIN_WEIGHTS, continue_causally  # noqa: E402
 
 CONTEXT, LENGTH, GROUP = 16, 240, 8
+TWIN = "causal twin"  # a row's name
 
 
 class NGramJudge:
@@ -143,16 +139,15 @@ def row(name, calls, m):
     return f"| {name} | {calls} |{cells} {m['copy']} |"
 
 
-def write(model, contexts, config, seed):
-    """The texts that continue all contexts in one batch, and the network calls it took."""
+def write(model, x, config, seed):
+    """The ids that continue the contexts x (B, T) in one batch, and the network calls it took."""
     calls = CallCounter()
     hook = model.register_forward_hook(calls)
-    x = torch.stack([encode_text(context) for context in contexts])
     block_len, _ = config.lengths(model.config.sequence_len)
     num_blocks = -(-LENGTH // block_len)
     parts = list(generate(model, x, num_blocks, config, row_generators(seed, len(x))))
     hook.remove()
-    return [decode_tokens(row[:LENGTH]) for row in torch.cat(parts, 1)], calls.n
+    return torch.cat(parts, 1)[:, :LENGTH], calls.n
 
 
 # Rules that were tried and lost to those of sample.py
@@ -241,7 +236,20 @@ def frontier_points(temperatures):
     yield "whole window, threshold 0.9", [0.0], SamplerConfig(rule, sweeps=0, **whole)
 
 
-def frontier(args, model, train, val):
+def everything_written(args, model, twin, x):
+    """(name, temperature, new ids, calls) of every row of the frontier that --only asks for."""
+    for name, temperatures, config in frontier_points(args.temperatures):
+        for temperature in temperatures if any(words in name for words in args.only) else []:
+            config = replace(config, temperature=temperature)
+            yield name, temperature, *write(model, x, config, args.seed)
+    for temperature in (0.6, 0.7, 0.8) if any(words in TWIN for words in args.only) else []:
+        if twin:
+            generators = row_generators(args.seed, len(x))
+            new = continue_causally(twin, x, LENGTH, temperature, generators)[:, CONTEXT:]
+            yield TWIN, temperature, new, LENGTH
+
+
+def frontier(args, model, twin, train, val):
     judge = NGramJudge(train.numpy())
     train_text, val_text = decode_tokens(train), decode_tokens(val)
     vocabulary = set(words(train_text))
@@ -251,14 +259,12 @@ def frontier(args, model, train, val):
     print("| decoding | calls | n-gram | valid | distinct | copy |\n|---|---|---|---|---|---|")
     held_out = measure(references, contexts, judge, vocabulary, train_text)
     print(row("held-out Shakespeare", "", held_out), flush=True)
-    points = []
-    for name, temperatures, config in frontier_points(args.temperatures):
-        for temperature in temperatures if any(words in name for words in args.only) else []:
-            config = replace(config, temperature=temperature)
-            texts, calls = write(model, contexts, config, args.seed)
-            result = measure(texts, contexts, judge, vocabulary, train_text)
-            points.append((name, calls / LENGTH, result))
-            print(row(f"{name}, T {temperature:g}", calls, result), flush=True)
+    points, x = [], torch.stack([encode_text(context) for context in contexts])
+    for name, temperature, new, calls in everything_written(args, model, twin, x):
+        texts = [decode_tokens(ids) for ids in new]
+        result = measure(texts, contexts, judge, vocabulary, train_text)
+        points.append((name, calls / LENGTH, result))
+        print(row(f"{name}, T {temperature:g}", calls, result), flush=True)
     if args.plot:
         plot(points, held_out, args.plot)
 
@@ -306,44 +312,27 @@ def plain_loop(model, context: str, tau=0.9) -> str:
     return decode_tokens(torch.tensor(ids[len(context):]))
 
 
-@torch.inference_mode()
-def causal_loop(model, context: str, temperature=0.7) -> str:
-    """What a causal model of the same trunk would cost: one character a call, the keys and values
-    of all before it kept. These weights were not trained for that, and every call rotates as if it
-    stood at the beginning of the window: only the time counts, not the text."""
-    layers = itertools.cycle([[] for _ in model.blocks])  # keys and values; blocks ask in turn
-
-    def attend_to_kept(q, k, v):
-        kept = next(layers)
-        kept[:] = (torch.cat((kept[0], k), 2), torch.cat((kept[1], v), 2)) if kept else (k, v)
-        return F.scaled_dot_product_attention(q, *kept)
-
-    text, index = encode_text(context)[None], torch.zeros(1, dtype=torch.long)
-    generators, new = row_generators(0, 1), text
-    with autocast(text.device), mock.patch("model.attend", attend_to_kept):
-        for _ in range(LENGTH):
-            log_p = log_probs(model(new, index)[:, -1:], model.config.mask_token_id)
-            new = draw(log_p, temperature, uniform(generators, log_p[..., 0]))
-            text = torch.cat((text, new), 1)
-    return decode_tokens(text[0, len(context):])
+def causal_loop(twin, context: str, seed: int) -> str:
+    """One character a call, the keys and values of all before it kept."""
+    x = continue_causally(twin, encode_text(context)[None], LENGTH, 0.7, row_generators(seed, 1))
+    return decode_tokens(x[0, CONTEXT:])
 
 
-def sampler(model, context: str, num_samples: int, seed: int) -> str:
+def sampler(model, context: str, seed: int, num_samples: int) -> str:
     """What sample.py does with its defaults, for eight blocks."""
     x, generators = encode_text(context).expand(num_samples, -1), row_generators(seed, num_samples)
     new = torch.cat(list(generate(model, x, 8, SamplerConfig(), generators)), 1)
     return decode_tokens(new.flatten())
 
 
-def speed(args, model, float32_model, val):
+def speed(args, model, twin, float32_model, val):
     """Every way in turn, so that a slow spell of the machine hits all of them."""
     context = decode_tokens(val[:CONTEXT])
-    ways = {
-        "plain loop": lambda seed: plain_loop(float32_model, context),
-        "causal, cached": lambda seed: causal_loop(model, context),
-        "sample.py": lambda seed: sampler(model, context, 1, seed),
-        "sample.py, 8 samples": lambda seed: sampler(model, context, 8, seed),
-    }
+    ways = {"plain loop": lambda seed: plain_loop(float32_model, context)}
+    if twin:
+        ways["causal twin, cached"] = partial(causal_loop, twin, context)
+    for num_samples, name in ((1, "sample.py"), (8, "sample.py, 8 samples")):
+        ways[name] = partial(sampler, model, context, num_samples=num_samples)
     rates = {name: [] for name in ways}
     for seed in range(args.repeats):
         for name, way in ways.items():
@@ -358,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to judge")
+    add("--twin", type=Path, default=TWIN_WEIGHTS, help="the causal twin; left out if missing")
     add("--num-samples", type=number(int, least=16), default=64,
         help="samples a point, in groups of 8")
     add("--temperatures", type=TEMPERATURE, nargs="+", default=[0.6, 0.8, 1.0],
@@ -369,11 +359,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=SEED, default=0, help="random seed")
     args = parser.parse_args(argv)
     model = load_for_sampling(args.weights, torch.device("cpu"))
+    twin = load_for_sampling(args.twin, torch.device("cpu")) if args.twin.exists() else None
     train, val, _ = load_corpus(DEFAULT_DATA, model.config)
     if args.speed:
-        speed(args, model, load_weights(args.weights)[0], val)
+        speed(args, model, twin, load_weights(args.weights)[0], val)
     else:
-        frontier(args, model, train, val)
+        frontier(args, model, twin, train, val)
 
 
 if __name__ == "__main__":

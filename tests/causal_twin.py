@@ -1,12 +1,15 @@
 """The model's causal twin: the same trunk and optimizers, trained to predict the next character.
 
-    uv run tests/causal_twin.py --max-minutes 15
+    uv run tests/causal_twin.py --max-minutes 36
+    uv run tests/causal_twin.py --write 3000000 > weights/twin.txt
 
-It is what a GPT of this size makes of the same text, and benchmark_likelihood.py sets it beside the
-diffusion model. Its weights, weights/causal_twin.pt, are not shipped. It overfits after some
-ten million characters, so the best evaluation is kept.
+It is what a GPT of this size makes of the same text, and the benchmarks set it beside the diffusion
+model. Its weights, weights/causal_twin.pt, are not shipped. It overfits after some ten million
+characters, so the best evaluation is kept. What it writes is text that nobody has learned by heart
+yet, for training.py to learn from besides the real one.
 """
 
+import itertools
 import math
 import sys
 import time
@@ -27,6 +30,7 @@ from model import (  # noqa: E402
     DiffusionTransformer,
     add_device_argument,
     autocast,
+    decode_tokens,
     hardware,
     load_corpus,
     log_probs,
@@ -36,6 +40,7 @@ from model import (  # noqa: E402
     save_weights,
     warn,
 )
+from sample import draw, load_for_sampling, row_generators, uniform  # noqa: E402
 from training import (  # noqa: E402
     keep_freed_memory,
     learning_rate_factor,
@@ -46,6 +51,7 @@ from training import (  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from tqdm import trange  # noqa: E402
 
 TWIN_WEIGHTS = ROOT / "weights" / "causal_twin.pt"
 
@@ -68,6 +74,52 @@ def next_nll(network: torch.nn.Module, x_0: torch.Tensor, mask_token_id: int) ->
     return -log_probs(logits, mask_token_id).gather(-1, x_0[..., None]).squeeze(-1)
 
 
+class KeptKeys:
+    """Causal attention that keeps the keys and values of all positions before, layer by layer."""
+
+    def __init__(self, config: DiffusionConfig):
+        self.length, self.layers = config.sequence_len, [[] for _ in range(config.n_layer)]
+        self.turn = itertools.cycle(self.layers)  # the blocks call in this order
+        self.n = 0  # positions kept so far
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        layer, end = next(self.turn), self.n + q.size(2)
+        if not self.n:
+            B, H, _, D = v.shape
+            layer[:] = v.new_empty(2, B, H, self.length, D).unbind()
+        for kept, new in zip(layer, (k, v), strict=True):
+            kept[:, :, self.n : end] = new
+        keys, values = (kept[:, :, :end] for kept in layer)
+        if layer is self.layers[-1]:
+            self.n = end
+        # More than one query comes only at the beginning, when nothing is kept
+        return F.scaled_dot_product_attention(q.to(v.dtype), keys, values, is_causal=q.size(2) > 1)
+
+
+@torch.inference_mode()
+def continue_causally(
+    twin: DiffusionTransformer,
+    x: torch.Tensor,
+    length: int,
+    temperature: float,
+    generators: list[torch.Generator],
+) -> torch.Tensor:
+    """The ids x (B, T) and `length` more, (B, T + length), at most sequence_len in all. One network
+    call a character, on that character alone."""
+    mask_token_id, end = twin.config.mask_token_id, x.size(1) + length
+    new = torch.cat((x.new_full((len(x), 1), mask_token_id), x), 1)
+    t = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    kept, cos, sin = KeptKeys(twin.config), twin.cos, twin.sin
+    with autocast(x.device), mock.patch("model.attend", kept):
+        while x.size(1) < end:
+            twin.cos, twin.sin = cos[kept.n :], sin[kept.n :]       # position kept.n comes first
+            log_p = log_probs(twin(new, t)[:, -1:], mask_token_id)  # (B, 1, V)
+            new = draw(log_p, temperature, uniform(generators, log_p[..., 0]))
+            x = torch.cat((x, new), 1)
+    twin.cos, twin.sin = cos, sin
+    return x
+
+
 @torch.no_grad()
 def validate(model: DiffusionTransformer, val: torch.Tensor, device: torch.device) -> float:
     """Nats per character over non-overlapping windows without context, like the diffusion bound."""
@@ -77,23 +129,25 @@ def validate(model: DiffusionTransformer, val: torch.Tensor, device: torch.devic
     return torch.cat(nll).mean().item()
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = CommandLine(__doc__)
-    add = parser.add_argument
-    add("--max-minutes", type=number(float, above=0), default=15, help="length of the run")
-    add("--batch-size", type=COUNT, default=32, help="sequences per step")
-    add("--eval-interval", type=COUNT, default=100, help="steps between evaluations")
-    add("--weights", type=Path, default=TWIN_WEIGHTS, help="file to write")
-    add("--seed", type=SEED, default=1337, help="random seed")
-    add_device_argument(parser)
-    args = parser.parse_args(argv)
+def write(twin: DiffusionTransformer, num_characters: int, seed: int, streams: int = 192) -> str:
+    """At least so many characters at temperature 1, in long streams, side by side: half a window
+    at a time, each after the half before it."""
+    half = twin.config.sequence_len // 2
+    x = torch.empty(streams, 0, dtype=torch.long, device=next(twin.parameters()).device)
+    generators = row_generators(seed, streams)
+    for _ in trange(-(-num_characters // (streams * half)), unit="half window", disable=None):
+        window = continue_causally(twin, x[:, -half:], half, 1.0, generators)
+        x = torch.cat((x, window[:, -half:]), 1)
+    return "\n".join(decode_tokens(row) for row in x)
+
+
+def train(args, device: torch.device) -> None:
     if args.weights.exists() and args.weights != TWIN_WEIGHTS:
         raise BadInput(f"{args.weights} exists already; choose another --weights")
     config = DiffusionConfig()
-    train, val, corpus_sha256 = load_corpus(DEFAULT_DATA, config)
+    text, val, corpus_sha256 = load_corpus(DEFAULT_DATA, config)
     torch.manual_seed(args.seed)
     keep_freed_memory()
-    device = pick_device(args.device)
     model = DiffusionTransformer(config).to(device)
     optimizers = make_optimizers(model, parse_arguments([]))
     best, step, started = math.inf, 0, time.perf_counter()
@@ -111,13 +165,31 @@ def main(argv: list[str] | None = None) -> None:
                     save_weights(model, meta, args.weights)
             if progress >= 1:
                 break
-            starts = torch.randint(len(train) - config.sequence_len + 1, (args.batch_size, 1))
-            x_0 = train[starts + torch.arange(config.sequence_len)].to(device)
+            starts = torch.randint(len(text) - config.sequence_len + 1, (args.batch_size, 1))
+            x_0 = text[starts + torch.arange(config.sequence_len)].to(device)
             next_nll(network, x_0, config.mask_token_id).mean().backward()
             update(model, optimizers, learning_rate_factor(progress, decay=0.5))
             step += 1
     print(f"{args.weights}: validation {best:.4f} nats per character (exact), {step} steps, "
           f"{step * args.batch_size * config.sequence_len} characters")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = CommandLine(__doc__)
+    add = parser.add_argument
+    add("--max-minutes", type=number(float, above=0), default=36, help="length of the run")
+    add("--batch-size", type=COUNT, default=32, help="sequences per step")
+    add("--eval-interval", type=COUNT, default=100, help="steps between evaluations")
+    add("--weights", type=Path, default=TWIN_WEIGHTS, help="file to write, or to read")
+    add("--write", metavar="N", type=COUNT, help="print N characters of text instead")
+    add("--seed", type=SEED, default=1337, help="random seed")
+    add_device_argument(parser)
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    if args.write:
+        print(write(load_for_sampling(args.weights, device), args.write, args.seed))
+    else:
+        train(args, device)
 
 
 if __name__ == "__main__":

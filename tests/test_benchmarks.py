@@ -5,7 +5,8 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from model import DiffusionConfig, DiffusionTransformer, nelbo
+from model import DiffusionConfig, DiffusionTransformer, log_probs, nelbo
+from sample import draw, row_generators, uniform
 
 import benchmark_likelihood as likelihood
 import benchmark_sampling as judging
@@ -13,7 +14,7 @@ import benchmark_training as timing
 import numpy as np
 import pytest
 import torch
-from causal_twin import causal_attention, next_nll
+from causal_twin import causal_attention, continue_causally, next_nll
 from conftest import TableModel, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,3 +102,21 @@ def test_the_causal_twin_predicts_each_character_from_those_before_it():
         before, after = next_nll(model, x_0, 0), next_nll(model, changed, 0)
     assert torch.equal(before[:, :20], after[:, :20])
     assert not torch.isclose(before[:, 20:], after[:, 20:]).all(0).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [0, 1, 9])
+def test_a_twin_that_keeps_keys_writes_what_one_that_recomputes_them_writes(given, monkeypatch):
+    monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
+    model = random_model()
+    x = x_plain = torch.randint(1, 128, (3, given))
+    kept = continue_causally(model, x, 32 - given, 0.8, row_generators(5, 3))
+    generators, t = row_generators(5, 3), torch.zeros(3, dtype=torch.long)
+    with causal_attention():
+        while x_plain.size(1) < 32:
+            shifted = torch.nn.functional.pad(x_plain, (1, 0))      # 0 is [MASK]
+            log_p = log_probs(model(shifted, t)[:, -1:], mask_token_id=0)
+            new = draw(log_p, 0.8, uniform(generators, log_p[..., 0]))
+            x_plain = torch.cat((x_plain, new), 1)
+    assert torch.equal(kept, x_plain)
+    assert model.cos.size(0) == 32  # the rotary tables are whole again
