@@ -329,10 +329,10 @@ def add_sampler_arguments(parser: CommandLine) -> None:
     add("--sweeps", type=number(int, least=0, most=10**6),
         help="how often the correction redraws every new character "
         f"(default: {default.sweeps}; left-to-right: 0)")
-    add("--sweep-temperature", type=TEMPERATURE, default=default.sweep_temperature,
-        help="temperature of the correction sweeps")
-    add("--stride", type=COUNT, default=default.stride,
-        help="each correction call remasks every stride-th character")
+    add("--sweep-temperature", type=TEMPERATURE,
+        help=f"temperature of the correction sweeps (default: {default.sweep_temperature})")
+    add("--stride", type=COUNT,
+        help=f"each correction call remasks every stride-th character (default: {default.stride})")
 
 
 def sampler_config(args: argparse.Namespace, **lengths: int | None) -> SamplerConfig:
@@ -351,9 +351,12 @@ def sampler_config(args: argparse.Namespace, **lengths: int | None) -> SamplerCo
     sweeps = args.sweeps
     if sweeps is None:
         sweeps = 0 if args.method == "left-to-right" else SamplerConfig.sweeps
-    return SamplerConfig(
-        rule, args.temperature, sweeps, args.sweep_temperature, args.stride, **lengths
-    )
+    correction = {"sweep_temperature": args.sweep_temperature, "stride": args.stride}
+    correction = {name: value for name, value in correction.items() if value is not None}
+    if correction and not sweeps:
+        flag = next(iter(correction)).replace("_", "-")
+        raise BadInput(f"--{flag} has no effect without sweeps; --sweeps 1 or more makes some")
+    return SamplerConfig(rule, args.temperature, sweeps, **correction, **lengths)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
