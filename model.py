@@ -24,9 +24,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import IO
 
 # GNU OpenMP's threads spin while they wait. With more threads than cores, as when sample.py runs
 # beside training.py, they spin on cores that others need, and both crawl. Read when torch loads.
@@ -358,10 +360,9 @@ def read_text(path: Path) -> tuple[str, bytes]:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
-def load_corpus(path: Path, config: DiffusionConfig) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """The train split (first 90% of the characters), the validation split (the rest), and the
-    file's SHA-256. Raises BadInput where the file is missing or empty, has a character outside the
-    vocabulary, or is too short for either split to hold one sequence plus one character."""
+def load_ids(path: Path, config: DiffusionConfig) -> tuple[torch.Tensor, str]:
+    """The file's characters as a 1-D tensor of ids, and its SHA-256. Raises BadInput where it is
+    missing or empty, or has a character outside the vocabulary."""
     path = Path(path)
     text, raw = read_text(path)
     sha256 = hashlib.sha256(raw).hexdigest()
@@ -373,6 +374,14 @@ def load_corpus(path: Path, config: DiffusionConfig) -> tuple[torch.Tensor, torc
         raise BadInput(f"{path}: {error}") from error
     if not len(ids):
         raise BadInput(f"{path}: empty")
+    return ids, sha256
+
+
+def load_corpus(path: Path, config: DiffusionConfig) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """The train split (first 90% of the characters), the validation split (the rest), and the
+    file's SHA-256. Raises BadInput as `load_ids` does, and where the file is too short for either
+    split to hold one sequence plus one character."""
+    ids, sha256 = load_ids(path, config)
     n_train = int(0.9 * len(ids))
     train, val = ids[:n_train], ids[n_train:]
     if len(val) < config.sequence_len + 1:
@@ -387,13 +396,15 @@ def load_corpus(path: Path, config: DiffusionConfig) -> tuple[torch.Tensor, torc
 # The checkpoint: one torch.save of {"model": state dict, "config": dict, "meta": dict}
 
 
-def save_atomically(contents: dict, path: Path) -> None:
-    """torch.save to a temporary file beside `path`, flushed to disk and renamed over it: a crash at
-    any moment leaves either the old file or the new one. BadInput where the disk is full."""
+@contextmanager
+def atomic_file(path: Path, mode: str = "wb", **kwargs) -> Iterator[IO]:
+    """A temporary file beside `path`, open for writing, that is flushed to disk and renamed over it
+    in the end: a crash at any moment leaves either the old file or the new one. BadInput where the
+    disk is full."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(contents, file)
+        with open(temporary, mode, **kwargs) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         replace(temporary, path)
@@ -419,7 +430,8 @@ def replace(source: Path, target: Path, tries: int = 5) -> None:
 def save_weights(model: DiffusionTransformer, meta: dict, path: Path) -> None:
     """Writes the weights as bfloat16, half the bytes; `meta` says what they score as such."""
     state = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_atomically({"model": state, "config": asdict(model.config), "meta": meta}, path)
+    with atomic_file(path) as file:
+        torch.save({"model": state, "config": asdict(model.config), "meta": meta}, file)
 
 
 def read_checkpoint(path: Path) -> dict:

@@ -408,7 +408,7 @@ def test_a_closed_pipe_ends_quietly(tiny_weights):
     (["--infill", "a _", "--num-blocks", "3"], ["--num-blocks", "--infill"]),
     (["--method", "threshold", "--k", "3"], ["--k", "threshold"]),
     (["--sweeps", "0", "--stride", "3"], ["--stride", "--sweeps"]),
-    (["--method", "left-to-right", "--sweep-temperature", "1"], ["--sweep-temperature", "--sweeps"]),
+    (["--method", "left-to-right", "--sweep-temperature", "1"], ["--sweep-temperature"]),
     (["--steps", "3"], ["--steps", "gumbel-top-k"]),
     (["--prompt", "caf\udce9"], ["not UTF-8", "position 3"]),
     (["--infill", "caf\udce9 _"], ["not UTF-8", "position 3"]),
