@@ -39,10 +39,12 @@ from model import (  # before torch, for which it sets the environment
     DiffusionConfig,
     DiffusionTransformer,
     add_device_argument,
+    atomic_file,
     autocast,
     decode_tokens,
     hardware,
     load_corpus,
+    load_ids,
     load_weights,
     log_probs,
     masked_nll,
@@ -53,13 +55,11 @@ from model import (  # before torch, for which it sets the environment
     pick_device,
     q_sample,
     read_checkpoint,
-    replace,
     run,
-    save_atomically,
     save_weights,
     warn,
 )
-from sample import denoise, draw, load_for_sampling, row_generators, top_k
+from sample import denoise, load_for_sampling, row_generators, top_k
 
 import torch
 import torch.distributed as dist
@@ -74,7 +74,6 @@ LATE_SPREAD = 1.7   # the same after --init: nearly flat, as the bound weighs al
 FLAT_RATE = 1 / 16  # share of the sequences with t from a flat distribution, or t = 1 never comes
 OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it
 TEACHER_SHARE = 0.5  # of the loss, where there are teachers; the rest is the text's
-REFILL_RATE = 0.5   # share of the sequences in which a teacher writes some of the context first
 AGREE_INTERVAL = 10  # steps between two agreements among processes on the clock and on stopping
 LOG_INTERVAL = 20   # steps between two looks at the loss on a GPU, which it has to wait for
 SIZES = [f.name for f in fields(DiffusionConfig) if f.name != "mask_token_id"]  # have a flag each
@@ -88,7 +87,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     defaults; BadInput where a flag contradicts them."""
     parser = CommandLine(__doc__)
     add = parser.add_argument_group("files").add_argument
-    add("--data", type=Path, default=DEFAULT_DATA, help="text to learn; its last 10%% validates")
+    add("--data", type=Path, nargs="+", default=[DEFAULT_DATA], metavar="TEXT",
+        help="text to learn, whose last 10%% validates; any further texts are only learned")
     add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write (or to measure)")
     add("--init", metavar="WEIGHTS", help="start from these weights instead of random "
         "ones, with fresh optimizers; the log continues theirs")
@@ -300,26 +300,6 @@ def ask(teachers: list[DiffusionTransformer], x_t: torch.Tensor, t: torch.Tensor
     return torch.cat(log_p)
 
 
-def refill(
-    teachers: list[DiffusionTransformer],
-    x_t: torch.Tensor,
-    masked: torch.Tensor,
-    t: torch.Tensor,
-    u: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In some sequences a teacher writes part of what is masked, as in a reverse step, so that the
-    network meets contexts that are not in the text. u (3, B, T) is uniform on [0, 1). Returns x_t,
-    masked and t after that, and the teachers' share in the loss (B,): the text has none in the
-    sequences that were changed."""
-    changed = u[0, :, 0] < REFILL_RATE
-    fill = masked & changed[:, None] & (u[1] < 0.9 * u[0, :, 1:2])  # up to 90% of the gaps
-    log_p = torch.zeros(*x_t.shape, teachers[0].config.vocab_size, device=x_t.device)
-    log_p[changed] = ask(teachers, x_t[changed], t[changed])
-    x_t, masked = torch.where(fill, draw(log_p, 1.0, u[2]), x_t), masked & ~fill
-    share = TEACHER_SHARE + (1 - TEACHER_SHARE) * changed
-    return x_t, masked, noise_index(masked, teachers[0].config.diffusion_steps), share
-
-
 def teacher_nll(
     logits: torch.Tensor, log_q: torch.Tensor, masked: torch.Tensor, mask_token_id: int
 ) -> torch.Tensor:
@@ -367,7 +347,7 @@ class Files:
     def check(self, args: argparse.Namespace, n_bytes: int) -> None:
         """Raises BadInput, before the work starts, for what would fail later or cost a file."""
         for path in (self.weights, self.state, self.log, self.state_log):
-            read = [args.data, *(args.teachers or []), *([args.init] * (path != self.weights))]
+            read = [*args.data, *(args.teachers or []), *([args.init] * (path != self.weights))]
             for other in map(Path, filter(None, read)):
                 if path.exists() and other.exists() and path.samefile(other):
                     raise BadInput(f"{path}: the run reads it, so can't write it; change --weights")
@@ -422,12 +402,10 @@ class Files:
 
 
 def write_log(rows: list[dict], path: Path) -> None:
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[-1])
         writer.writeheader()
         writer.writerows(rows)
-    replace(temporary, path)
 
 
 def read_log(path: Path) -> list[dict]:
@@ -532,7 +510,7 @@ def compiled(model: DiffusionTransformer, batch_size: int, device: torch.device)
 def evaluate_only(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     model, meta = load_weights(args.weights, device)
-    _, val, corpus_sha256 = load_corpus(args.data, model.config)
+    _, val, corpus_sha256 = load_corpus(args.data[0], model.config)
     if meta.get("corpus_sha256", corpus_sha256) != corpus_sha256:
         warn("note: the weights learned another text than --data")
     mean, error = nelbo(model, val)
@@ -581,7 +559,7 @@ def check_finite(losses: list[torch.Tensor], state: RunState, files: Files) -> f
 
 
 def start_run(
-    args: argparse.Namespace, config: DiffusionConfig, corpus_sha256: str, device: torch.device
+    args: argparse.Namespace, config: DiffusionConfig, texts: dict, device: torch.device
 ) -> tuple[DiffusionTransformer, list[torch.optim.Optimizer], torch.Generator, RunState]:
     """Everything that a run changes as it goes: resumed, from given weights, or fresh."""
     torch.manual_seed(args.seed)
@@ -591,8 +569,9 @@ def start_run(
     if args.resume:
         path = Files(args.weights).state
         saved = read_state(path)
-        if saved["meta"]["corpus_sha256"] != corpus_sha256:
-            raise BadInput(f"--data {args.data}: the run to resume learned another text")
+        if texts != {name: saved["meta"].get(name, []) for name in texts}:
+            paths = " ".join(map(str, args.data))
+            raise BadInput(f"--data {paths}: the run to resume learned another text")
         if saved["device"] != device.type:
             raise BadInput(f"--device {device.type}: the run to resume is on {saved['device']}")
         model.load_state_dict(saved["model"])
@@ -612,15 +591,14 @@ def start_run(
 def save_state(args, files: Files, about: dict, model, optimizers, generator, state: RunState):
     """The state from which --resume continues, and the log so far."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    save_atomically(
-        {
-            "model": model.state_dict(), "config": asdict(model.config), "meta": about,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "generator": generator.get_state(), "device": generator.device.type,
-            "args": settings, "run": asdict(state),
-        },
-        files.state,
-    )
+    contents = {
+        "model": model.state_dict(), "config": asdict(model.config), "meta": about,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "generator": generator.get_state(), "device": generator.device.type,
+        "args": settings, "run": asdict(state),
+    }
+    with atomic_file(files.state) as file:
+        torch.save(contents, file)
     for path in [files.state_log, *[files.log] * state.wrote] if state.log else []:
         write_log(state.log, path)
 
@@ -667,15 +645,17 @@ def train(args: argparse.Namespace) -> None:
 
     # Data
     config = DiffusionConfig(**{name: getattr(args, name) for name in SIZES})
-    train, val, corpus_sha256 = load_corpus(args.data, config)
-    train = train.to(device)
+    train, val, corpus_sha256 = load_corpus(args.data[0], config)
+    others = [load_ids(path, config) for path in args.data[1:]]
+    texts = {"corpus_sha256": corpus_sha256, "other_texts": [sha256 for _, sha256 in others]}
+    text = torch.cat((train, *(ids for ids, _ in others))).to(device)
 
     # Model, optimizers, and the state of the run
-    model, optimizers, generator, state = start_run(args, config, corpus_sha256, device)
+    model, optimizers, generator, state = start_run(args, config, texts, device)
     teachers = load_teachers(args.teachers or [], config, device)
     files = Files(args.weights)
     about = {
-        "corpus_sha256": corpus_sha256, "seed": args.seed, "torch": str(torch.__version__),
+        **texts, "seed": args.seed, "torch": str(torch.__version__),
         "hardware": f"{world} x {hardware(device)}", "started_from": state.started_from,
         "command": shlex.join(["uv", "run", "training.py", *sys.argv[1:]]),
     }
@@ -726,18 +706,16 @@ def train(args: argparse.Namespace) -> None:
         # The batch, forward, loss, backward, update. Every process draws the whole batch and keeps
         # its rows, so that the batch does not depend on their number
         spread, opened = noise_schedule(progress, args.init)
-        batch = draw_batch(train, config, args.batch_size, generator, spread, opened)
+        batch = draw_batch(text, config, args.batch_size, generator, spread, opened)
         x_0, x_t, masked, t, weight = (part[mine] for part in batch)
         if teachers:
-            u = torch.rand((3, *batch[0].shape), generator=generator, device=device)[:, mine]
-            x_t, masked, t, share = refill(teachers, x_t, masked, t, u)
             log_q = ask(teachers, x_t, t)                           # (B, T, V)
         with autocast(device):
             logits = network(x_t, t)                                # (B, T, V)
         nll = masked_nll(logits, x_0, masked, config.mask_token_id) # (B,)
         if teachers:
             soft = teacher_nll(logits, log_q, masked, config.mask_token_id)
-            nll = share * soft + (1 - share) * nll
+            nll = TEACHER_SHARE * soft + (1 - TEACHER_SHARE) * nll
         loss = (nll * weight).sum()
         (loss * world).backward()  # DDP takes the mean over processes, the weights ask for the sum
         factor = learning_rate_factor(progress, args.decay)

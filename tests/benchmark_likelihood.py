@@ -1,6 +1,6 @@
 """What the model's likelihood is, beside that of its causal twin, on the same validation windows.
 
-    uv run tests/causal_twin.py --max-minutes 15        # first, for the last row
+    uv run tests/causal_twin.py --max-minutes 17        # first, for the last row
     uv run tests/benchmark_likelihood.py --windows 48
 
 Every window of 256 characters is scored without context, in nats per character, by

@@ -1,7 +1,7 @@
 """How good and how fast is the sampler? The frontier of the rules, and the speed of sample.py.
 
     uv run tests/benchmark_sampling.py                      # every rule, 64 samples a row
-    uv run tests/causal_twin.py --max-minutes 36            # first, for the causal twin's rows
+    uv run tests/causal_twin.py --max-minutes 17            # first, for the causal twin's rows
     uv run tests/benchmark_sampling.py --speed              # beside a plain loop and the twin
     uv run tests/benchmark_sampling.py --plot frontier.png  # the frontier as a picture too
 
@@ -245,7 +245,7 @@ def everything_written(args, model, twin, x):
     for temperature in (0.6, 0.7, 0.8) if any(words in TWIN for words in args.only) else []:
         if twin:
             generators = row_generators(args.seed, len(x))
-            new = continue_causally(twin, x, LENGTH, temperature, generators)[:, CONTEXT:]
+            new = continue_causally([twin], x, LENGTH, temperature, generators)[:, CONTEXT:]
             yield TWIN, temperature, new, LENGTH
 
 
@@ -314,7 +314,7 @@ def plain_loop(model, context: str, tau=0.9) -> str:
 
 def causal_loop(twin, context: str, seed: int) -> str:
     """One character a call, the keys and values of all before it kept."""
-    x = continue_causally(twin, encode_text(context)[None], LENGTH, 0.7, row_generators(seed, 1))
+    x = continue_causally([twin], encode_text(context)[None], LENGTH, 0.7, row_generators(seed, 1))
     return decode_tokens(x[0, CONTEXT:])
 
 

@@ -1,6 +1,6 @@
 """The model's causal twin: the same trunk and optimizers, trained to predict the next character.
 
-    uv run tests/causal_twin.py --max-minutes 36
+    uv run tests/causal_twin.py --max-minutes 17
     uv run tests/causal_twin.py --write 3000000 > weights/twin.txt
 
 It is what a GPT of this size makes of the same text, and the benchmarks set it beside the diffusion
@@ -85,38 +85,52 @@ class KeptKeys:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         layer, end = next(self.turn), self.n + q.size(2)
         if not self.n:
-            B, H, _, D = v.shape
-            layer[:] = v.new_empty(2, B, H, self.length, D).unbind()
+            B, H, _, D = q.shape
+            layer[:] = q.new_empty(2, B, H, self.length, D).unbind()
         for kept, new in zip(layer, (k, v), strict=True):
             kept[:, :, self.n : end] = new
         keys, values = (kept[:, :, :end] for kept in layer)
         if layer is self.layers[-1]:
             self.n = end
+        # Without autocast: for a single query, a CPU takes twice as long in bfloat16 as in float32.
         # More than one query comes only at the beginning, when nothing is kept
-        return F.scaled_dot_product_attention(q.to(v.dtype), keys, values, is_causal=q.size(2) > 1)
+        with torch.autocast(q.device.type, enabled=False):
+            return F.scaled_dot_product_attention(q, keys, values, is_causal=q.size(2) > 1)
+
+
+def next_log_probs(
+    twin: DiffusionTransformer, kept: KeptKeys, new: torch.Tensor
+) -> torch.Tensor:
+    """log p of the character after the ids `new` (B, T), which follow those that are kept,
+    (B, 1, V)."""
+    t = torch.zeros(len(new), dtype=torch.long, device=new.device)
+    cos, sin = twin.cos, twin.sin
+    twin.cos, twin.sin = cos[kept.n :], sin[kept.n :]               # position kept.n comes first
+    with autocast(new.device), mock.patch("model.attend", kept):
+        logits = twin(new, t)[:, -1:]
+    twin.cos, twin.sin = cos, sin
+    return log_probs(logits, twin.config.mask_token_id)
 
 
 @torch.inference_mode()
 def continue_causally(
-    twin: DiffusionTransformer,
+    twins: list[DiffusionTransformer],
     x: torch.Tensor,
     length: int,
     temperature: float,
     generators: list[torch.Generator],
 ) -> torch.Tensor:
     """The ids x (B, T) and `length` more, (B, T + length), at most sequence_len in all. One network
-    call a character, on that character alone."""
-    mask_token_id, end = twin.config.mask_token_id, x.size(1) + length
-    new = torch.cat((x.new_full((len(x), 1), mask_token_id), x), 1)
-    t = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    kept, cos, sin = KeptKeys(twin.config), twin.cos, twin.sin
-    with autocast(x.device), mock.patch("model.attend", kept):
-        while x.size(1) < end:
-            twin.cos, twin.sin = cos[kept.n :], sin[kept.n :]       # position kept.n comes first
-            log_p = log_probs(twin(new, t)[:, -1:], mask_token_id)  # (B, 1, V)
-            new = draw(log_p, temperature, uniform(generators, log_p[..., 0]))
-            x = torch.cat((x, new), 1)
-    twin.cos, twin.sin = cos, sin
+    call a character, on that character alone. Several twins average their probabilities."""
+    config, end = twins[0].config, x.size(1) + length
+    caches = [KeptKeys(config) for _ in twins]
+    new = torch.cat((x.new_full((len(x), 1), config.mask_token_id), x), 1)
+    while x.size(1) < end:
+        pairs = zip(twins, caches, strict=True)
+        log_p = torch.stack([next_log_probs(twin, kept, new) for twin, kept in pairs])
+        log_p = log_p.logsumexp(0) - math.log(len(twins))           # (B, 1, V)
+        new = draw(log_p, temperature, uniform(generators, log_p[..., 0]))
+        x = torch.cat((x, new), 1)
     return x
 
 
@@ -129,14 +143,16 @@ def validate(model: DiffusionTransformer, val: torch.Tensor, device: torch.devic
     return torch.cat(nll).mean().item()
 
 
-def write(twin: DiffusionTransformer, num_characters: int, seed: int, streams: int = 192) -> str:
+def write(
+    twins: list[DiffusionTransformer], num_characters: int, seed: int, streams: int = 192
+) -> str:
     """At least so many characters at temperature 1, in long streams, side by side: half a window
     at a time, each after the half before it."""
-    half = twin.config.sequence_len // 2
-    x = torch.empty(streams, 0, dtype=torch.long, device=next(twin.parameters()).device)
+    half = twins[0].config.sequence_len // 2
+    x = torch.empty(streams, 0, dtype=torch.long, device=next(twins[0].parameters()).device)
     generators = row_generators(seed, streams)
     for _ in trange(-(-num_characters // (streams * half)), unit="half window", disable=None):
-        window = continue_causally(twin, x[:, -half:], half, 1.0, generators)
+        window = continue_causally(twins, x[:, -half:], half, 1.0, generators)
         x = torch.cat((x, window[:, -half:]), 1)
     return "\n".join(decode_tokens(row) for row in x)
 
@@ -177,17 +193,20 @@ def train(args, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--max-minutes", type=number(float, above=0), default=36, help="length of the run")
+    add("--max-minutes", type=number(float, above=0), default=17, help="length of the run")
     add("--batch-size", type=COUNT, default=32, help="sequences per step")
     add("--eval-interval", type=COUNT, default=100, help="steps between evaluations")
-    add("--weights", type=Path, default=TWIN_WEIGHTS, help="file to write, or to read")
+    add("--weights", type=Path, default=TWIN_WEIGHTS, help="file to write")
     add("--write", metavar="N", type=COUNT, help="print N characters of text instead")
+    add("--twins", type=Path, nargs="+", default=[TWIN_WEIGHTS], metavar="WEIGHTS",
+        help="who writes: the average of these twins")
     add("--seed", type=SEED, default=1337, help="random seed")
     add_device_argument(parser)
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     if args.write:
-        print(write(load_for_sampling(args.weights, device), args.write, args.seed))
+        twins = [load_for_sampling(path, device) for path in args.twins]
+        print(write(twins, args.write, args.seed))
     else:
         train(args, device)
 

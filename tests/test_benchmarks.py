@@ -110,7 +110,7 @@ def test_a_twin_that_keeps_keys_writes_what_one_that_recomputes_them_writes(give
     monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
     model = random_model()
     x = x_plain = torch.randint(1, 128, (3, given))
-    kept = continue_causally(model, x, 32 - given, 0.8, row_generators(5, 3))
+    kept = continue_causally([model, model], x, 32 - given, 0.8, row_generators(5, 3))
     generators, t = row_generators(5, 3), torch.zeros(3, dtype=torch.long)
     with causal_attention():
         while x_plain.size(1) < 32:

@@ -15,15 +15,26 @@ from model import (
     BadInput,
     DiffusionConfig,
     autocast,
+    decode_tokens,
+    load_corpus,
     load_weights,
     log_probs,
     multiplies_bf16,
+    nelbo,
     noise_index,
 )
 
 import pytest
 import torch
-from conftest import Training, assert_one_clear_line, launch, partly_masked, random_model, script
+from conftest import (
+    Training,
+    assert_one_clear_line,
+    launch,
+    no_space,
+    partly_masked,
+    random_model,
+    script,
+)
 
 not_windows = pytest.mark.skipif(sys.platform == "win32", reason="uses /dev")
 SIZES = ["--n-layer", 1, "--n-embd", 16, "--n-head", 1, "--sequence-len", 32, "--context-len", 4]
@@ -307,19 +318,6 @@ def test_teacher_nll_is_the_cross_entropy_to_their_average():
     assert nll.mean().item() == pytest.approx(total / masked.sum().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_teachers_write_into_gaps_alone(seed):
-    torch.manual_seed(seed)
-    teachers, x_t = [random_model(seed=1), random_model(seed=2)], partly_masked(8, 32, 0.7, seed)
-    masked, t = x_t == 0, noise_index(x_t == 0, 128)
-    x, still, index, share = training.refill(teachers, x_t, masked, t, torch.rand(3, 8, 32))
-    assert torch.equal(x[~masked], x_t[~masked]) and torch.equal(x == 0, still)
-    assert torch.equal(index, noise_index(still, 128))
-    changed = (x != x_t).any(1)
-    assert changed.any() and (share[changed] == 1).all()
-    assert not (still & ~masked).any()
-
-
 def test_a_student_learns_from_teachers(whole_run, small_corpus, tmp_path, command):
     arguments = ["--data", small_corpus, "--weights", tmp_path / "w.pt", "--teachers", whole_run,
                  whole_run, "--steps", 12, *TINY_RUN]
@@ -333,11 +331,45 @@ def test_a_student_learns_from_teachers(whole_run, small_corpus, tmp_path, comma
     assert_one_clear_line(process, "--teachers", "sequence_len", "256", "32")
 
 
+def test_further_texts_are_learned_but_do_not_validate(
+    small_corpus, tmp_path, command, monkeypatch
+):
+    (tmp_path / "more.txt").write_text("a rolling stone gathers no moss\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    learned, draw_batch = [], training.draw_batch
+
+    def spy(text, *rest):
+        learned.append(decode_tokens(text))
+        return draw_batch(text, *rest)
+
+    monkeypatch.setattr(training, "draw_batch", spy)
+    arguments = ["--weights", "w.pt", "--data", small_corpus, "more.txt"]
+    process = command(training.main, *arguments, "--steps", 2, *TINY_RUN)
+    assert process.returncode == 0, process.stderr
+    corpus = small_corpus.read_text(encoding="utf-8")
+    more = Path("more.txt").read_text(encoding="utf-8")
+    assert learned == [corpus[: int(0.9 * len(corpus))] + more] * 2
+    model, meta = load_weights("w.pt")
+    _, val, _ = load_corpus(small_corpus, model.config)
+    assert meta["val_nelbo"] == pytest.approx(nelbo(model, val)[0], abs=1e-6)
+    Path("more.txt").write_text(more.upper(), encoding="utf-8")
+    assert_one_clear_line(command(training.main, *arguments, "--resume"), "another text")
+
+
 # ---- no user's file is lost
 
 
 def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_log_that_cannot_be_saved_leaves_the_old_one(tmp_path, monkeypatch):
+    training.write_log([{"step": 1}], tmp_path / "w.csv")
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(BadInput, match="w.csv: not saved"):
+        training.write_log([{"step": 1}, {"step": 2}], tmp_path / "w.csv")
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("change, words", [
