@@ -11,6 +11,7 @@ from sample import draw, row_generators, uniform
 import benchmark_likelihood as likelihood
 import benchmark_sampling as judging
 import benchmark_training as timing
+import causal_twin
 import numpy as np
 import pytest
 import torch
@@ -120,3 +121,21 @@ def test_a_twin_that_keeps_keys_writes_what_one_that_recomputes_them_writes(give
             x_plain = torch.cat((x_plain, new), 1)
     assert torch.equal(kept, x_plain)
     assert model.cos.size(0) == 32  # the rotary tables are whole again
+
+
+@torch.no_grad()
+def test_twins_write_from_the_average_of_their_probabilities(monkeypatch):
+    monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
+    twins, begin = [random_model(seed=1), random_model(seed=2)], torch.zeros(50, 1).long()
+    with causal_attention():
+        p = sum(log_probs(twin(begin, begin[:, 0]), 0).exp() for twin in twins) / 2
+    expected = draw(p.log(), 1.0, uniform(row_generators(0, 50), begin))
+    written = continue_causally(twins, begin[:, :0], 1, 1.0, row_generators(0, 50))
+    assert torch.equal(written, expected) and len(written.unique()) > 10
+
+
+def test_a_twin_writes_at_least_as_much_as_asked_and_the_same_for_the_same_seed():
+    text = causal_twin.write([random_model()], 200, seed=4, streams=3)
+    assert 200 <= len(text) <= 200 + 3 * 16 + 2  # a half window more for each stream
+    assert text == causal_twin.write([random_model()], 200, seed=4, streams=3)
+    assert text != causal_twin.write([random_model()], 200, seed=5, streams=3)
