@@ -13,11 +13,9 @@ results are in ablations.md.
 
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import (  # noqa: E402
@@ -39,6 +37,7 @@ from training import keep_freed_memory, make_optimizers, update  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from causal_twin import causal_attention  # noqa: E402
 
 CONFIG = DiffusionConfig(n_layer=4, n_head=4, n_embd=192)
 
@@ -156,12 +155,6 @@ def sequence_weights(recipe, masked, t):
     ways = {"sqrt": m.sqrt(), "flat": m, "mean": (m > 0).float(), "bound": bound}
     weight = ways[recipe.weighting]
     return weight / (len(m) if recipe.weighting == "bound" else weight.sum().clamp(min=1.0))
-
-
-@contextmanager
-def causal_attention():
-    with mock.patch("model.attend", partial(F.scaled_dot_product_attention, is_causal=True)):
-        yield
 
 
 def loss_of(recipe, model, fast, x_0, progress):

@@ -1,7 +1,7 @@
 """How good and how fast is the sampler? The frontier of the rules, and the speed of sample.py.
 
-    uv run tests/benchmark_sampling.py                      # every rule, 64 samples a row
     uv run tests/causal_twin.py --max-minutes 17            # first, for the causal twin's rows
+    uv run tests/benchmark_sampling.py                      # every rule, 64 samples a row
     uv run tests/benchmark_sampling.py --speed              # beside a plain loop and the twin
     uv run tests/benchmark_sampling.py --plot frontier.png  # the frontier as a picture too
 
@@ -242,11 +242,11 @@ def everything_written(args, model, twin, x):
         for temperature in temperatures if any(words in name for words in args.only) else []:
             config = replace(config, temperature=temperature)
             yield name, temperature, *write(model, x, config, args.seed)
-    for temperature in (0.6, 0.7, 0.8) if any(words in TWIN for words in args.only) else []:
-        if twin:
-            generators = row_generators(args.seed, len(x))
-            new = continue_causally([twin], x, LENGTH, temperature, generators)[:, CONTEXT:]
-            yield TWIN, temperature, new, LENGTH
+    asked = twin is not None and any(words in TWIN for words in args.only)
+    for temperature in (0.6, 0.7, 0.8) if asked else []:
+        generators = row_generators(args.seed, len(x))
+        new = continue_causally([twin], x, LENGTH, temperature, generators)[:, CONTEXT:]
+        yield TWIN, temperature, new, LENGTH
 
 
 def frontier(args, model, twin, train, val):
