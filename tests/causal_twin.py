@@ -36,6 +36,7 @@ from model import (  # noqa: E402
     log_probs,
     number,
     pick_device,
+    read_checkpoint,
     run,
     save_weights,
     warn,
@@ -157,16 +158,27 @@ def write(
     return "\n".join(decode_tokens(row) for row in x)
 
 
+def incumbent(path: Path) -> float:
+    """Nats per character of the twin that is there, infinite if there is none. BadInput where the
+    file is something else."""
+    if not path.exists():
+        return math.inf
+    meta = read_checkpoint(path)["meta"]
+    if not meta.get("causal"):
+        raise BadInput(f"{path}: not a causal twin, so it stays; choose another --weights")
+    warn(f"{path} has {meta['val_nll']:.4f} nats per character; only a better twin replaces it")
+    return meta["val_nll"]
+
+
 def train(args, device: torch.device) -> None:
-    if args.weights.exists() and args.weights != TWIN_WEIGHTS:
-        raise BadInput(f"{args.weights} exists already; choose another --weights")
+    best, step = incumbent(args.weights), 0
     config = DiffusionConfig()
     text, val, corpus_sha256 = load_corpus(DEFAULT_DATA, config)
     torch.manual_seed(args.seed)
     keep_freed_memory()
     model = DiffusionTransformer(config).to(device)
     optimizers = make_optimizers(model, parse_arguments([]))
-    best, step, started = math.inf, 0, time.perf_counter()
+    started = time.perf_counter()
     with causal_attention():
         network = torch.compile(model)
         while True:
@@ -186,8 +198,8 @@ def train(args, device: torch.device) -> None:
             next_nll(network, x_0, config.mask_token_id).mean().backward()
             update(model, optimizers, learning_rate_factor(progress, decay=0.5))
             step += 1
-    print(f"{args.weights}: validation {best:.4f} nats per character (exact), {step} steps, "
-          f"{step * args.batch_size * config.sequence_len} characters")
+    print(f"{step} steps, {step * args.batch_size * config.sequence_len} characters; "
+          f"{args.weights} has {best:.4f} nats per character (exact)")
 
 
 def main(argv: list[str] | None = None) -> None:

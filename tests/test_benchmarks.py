@@ -5,7 +5,14 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from model import DiffusionConfig, DiffusionTransformer, log_probs, nelbo
+from model import (
+    BadInput,
+    DiffusionConfig,
+    DiffusionTransformer,
+    log_probs,
+    nelbo,
+    save_weights,
+)
 from sample import draw, row_generators, uniform
 
 import benchmark_likelihood as likelihood
@@ -139,3 +146,13 @@ def test_a_twin_writes_at_least_as_much_as_asked_and_the_same_for_the_same_seed(
     assert 200 <= len(text) <= 200 + 3 * 16 + 2  # a half window more for each stream
     assert text == causal_twin.write([random_model()], 200, seed=4, streams=3)
     assert text != causal_twin.write([random_model()], 200, seed=5, streams=3)
+
+
+def test_a_twin_replaces_only_a_worse_twin(tmp_path):
+    path = tmp_path / "twin.pt"
+    assert causal_twin.incumbent(path) == math.inf
+    save_weights(random_model(), {"causal": True, "val_nll": 1.5}, path)
+    assert causal_twin.incumbent(path) == 1.5
+    save_weights(random_model(), {"val_nelbo": 1.5}, path)
+    with pytest.raises(BadInput, match="not a causal twin"):
+        causal_twin.incumbent(path)
