@@ -227,6 +227,8 @@ def frontier_points(temperatures):
         ("threshold 0.5, 1 sweep of 6", partial(threshold, tau=0.5), 1, 6, {}),
         ("top-k 8, 2 sweeps of 4, blocks of 64", partial(top_k, k=8), 2, 4, medium),
         ("top-k 8, 2 sweeps of 4, blocks of 32", partial(top_k, k=8), 2, 4, small),
+        ("top-k 24 with Gumbel noise, whole window", partial(gumbel_top_k, k=24), 2, 4, whole),
+        ("top-k 11 with Gumbel noise, whole window", partial(gumbel_top_k, k=11), 2, 4, whole),
     ):
         config = SamplerConfig(rule, sweeps=sweeps, stride=stride, **block)
         yield f"corrected, {name}", temperatures, config
