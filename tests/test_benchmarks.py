@@ -148,7 +148,7 @@ def test_a_twin_writes_at_least_as_much_as_asked_and_the_same_for_the_same_seed(
     assert text != causal_twin.write([random_model()], 200, seed=5, streams=3)
 
 
-def test_a_twin_replaces_only_a_worse_twin(tmp_path):
+def test_the_twin_that_is_there_sets_the_mark_and_another_model_stays(tmp_path):
     path = tmp_path / "twin.pt"
     assert causal_twin.incumbent(path) == math.inf
     save_weights(random_model(), {"causal": True, "val_nll": 1.5}, path)
