@@ -558,6 +558,23 @@ def check_finite(losses: list[torch.Tensor], state: RunState, files: Files) -> f
     return values[-1] if values else None
 
 
+def load_further_texts(
+    paths: list[Path], val: torch.Tensor, config: DiffusionConfig
+) -> list[tuple[torch.Tensor, str]]:
+    """Ids and SHA-256 of each. BadInput for one that holds any of 64 evenly spaced passages of the
+    validation split: a model that has read those can't be validated on them."""
+    length = min(256, len(val))
+    starts = torch.linspace(0, len(val) - length, 64, dtype=torch.float64).long()
+    passages = [bytes(val[start : start + length].tolist()) for start in starts.tolist()]
+    texts = [load_ids(path, config) for path in paths]
+    for path, (ids, _) in zip(paths, texts, strict=True):
+        text = ids.to(torch.uint8).numpy().tobytes()
+        if any(passage in text for passage in passages):
+            raise BadInput(f"--data {path}: holds text of the last 10% of the first, which "
+                           "validates and must not be learned")
+    return texts
+
+
 def start_run(
     args: argparse.Namespace, config: DiffusionConfig, texts: dict, device: torch.device
 ) -> tuple[DiffusionTransformer, list[torch.optim.Optimizer], torch.Generator, RunState]:
@@ -646,7 +663,7 @@ def train(args: argparse.Namespace) -> None:
     # Data
     config = DiffusionConfig(**{name: getattr(args, name) for name in SIZES})
     train, val, corpus_sha256 = load_corpus(args.data[0], config)
-    others = [load_ids(path, config) for path in args.data[1:]]
+    others = load_further_texts(args.data[1:], val, config)
     texts = {"corpus_sha256": corpus_sha256, "other_texts": [sha256 for _, sha256 in others]}
     text = torch.cat((train, *(ids for ids, _ in others))).to(device)
 

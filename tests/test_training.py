@@ -356,6 +356,22 @@ def test_further_texts_are_learned_but_do_not_validate(
     assert_one_clear_line(command(training.main, *arguments, "--resume"), "another text")
 
 
+def test_further_texts_may_not_hold_the_validation_split(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = random.Random(0)
+    lines = ["".join(words.choices("abcdefgh ", k=49)) + "\n" for _ in range(120)]
+    Path("corpus.txt").write_text("".join(lines), encoding="utf-8")
+    Path("train.txt").write_text("".join(lines[:108]), encoding="utf-8")
+    Path("excerpt.txt").write_text("".join(lines[:5] + lines[109:117]), encoding="utf-8")
+    arguments = ["--weights", "w.pt", "--steps", 1, *TINY_RUN, "--data", "corpus.txt"]
+    for leak in ("corpus.txt", "excerpt.txt"):
+        process = command(training.main, *arguments, "train.txt", leak)
+        assert_one_clear_line(process, f"--data {leak}", "validates")
+        assert not Path("w.pt").exists()
+    process = command(training.main, *arguments, "train.txt")
+    assert process.returncode == 0, process.stderr
+
+
 # ---- no user's file is lost
 
 
