@@ -279,6 +279,12 @@ def nelbo_samples(
     return torch.cat(nll)
 
 
+def spaced_windows(tokens: torch.Tensor, length: int, windows: int) -> torch.Tensor:
+    """So many evenly spaced windows of a 1-D tensor, (windows, length)."""
+    starts = torch.linspace(0, len(tokens) - length, windows, dtype=torch.float64).long()
+    return tokens.unfold(0, length, 1)[starts]
+
+
 @torch.no_grad()
 def nelbo(
     model: DiffusionTransformer,
@@ -298,8 +304,7 @@ def nelbo(
     if windows is None and len(tokens) > EVALUATION_LIMIT:
         windows = EVALUATION_LIMIT // length
     if windows is not None:
-        starts = torch.linspace(0, len(tokens) - length, windows, dtype=torch.float64).long()
-        batches = [tokens.unfold(0, length, 1)[starts]]
+        batches = [spaced_windows(tokens, length, windows)]
     else:
         whole = len(tokens) // length * length
         batches = [tokens[:whole].view(-1, length), tokens[whole:][None]]

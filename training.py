@@ -57,6 +57,7 @@ from model import (  # before torch, for which it sets the environment
     read_checkpoint,
     run,
     save_weights,
+    spaced_windows,
     warn,
 )
 from sample import denoise, load_for_sampling, row_generators, top_k
@@ -563,9 +564,7 @@ def load_further_texts(
 ) -> list[tuple[torch.Tensor, str]]:
     """Ids and SHA-256 of each. BadInput for one that holds any of 64 evenly spaced passages of the
     validation split: a model that has read those can't be validated on them."""
-    length = min(256, len(val))
-    starts = torch.linspace(0, len(val) - length, 64, dtype=torch.float64).long()
-    passages = [bytes(val[start : start + length].tolist()) for start in starts.tolist()]
+    passages = [bytes(ids) for ids in spaced_windows(val, min(256, len(val)), 64).tolist()]
     texts = [load_ids(path, config) for path in paths]
     for path, (ids, _) in zip(paths, texts, strict=True):
         text = ids.to(torch.uint8).numpy().tobytes()

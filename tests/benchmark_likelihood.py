@@ -39,6 +39,7 @@ from model import (  # noqa: E402
     number,
     pick_device,
     run,
+    spaced_windows,
 )
 from sample import load_for_sampling  # noqa: E402
 
@@ -120,8 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_for_sampling(args.weights, device)
     T = model.config.sequence_len
     _, val, _ = load_corpus(DEFAULT_DATA, model.config)
-    starts = torch.linspace(0, len(val) - T, args.windows, dtype=torch.float64).long()
-    x_0 = val.unfold(0, T, 1)[starts].to(device)
+    x_0 = spaced_windows(val, T, args.windows).to(device)
     discrete, continuous = bounds(model, x_0, args.draws, args.seed)
     rows = {
         "NELBO, 128 steps": discrete,
