@@ -6,6 +6,7 @@
     uv run training.py --resume                                  # after Ctrl-C, SIGTERM, a crash
     uv run training.py --init weights/diffusion_model.pt --data my.txt --weights weights/my.pt
     uv run training.py --eval-only                               # measure the weights
+    uv run training.py --eval-only --teachers A.pt B.pt          # several, averaged
 
 Beside the weights X.pt, a run keeps its state X.state.pt, from which --resume continues (sample.py
 reads it too), and its log X.state.csv. It writes X.pt, and X.csv with it, whenever the validation
@@ -128,7 +129,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile, which pays "
         "off after a minute (default: except on MPS)")
     add("--resume", action="store_true", help="continue X.state.pt with the settings of that run")
-    add("--eval-only", action="store_true", help="print the validation NELBO of --weights")
+    add("--eval-only", action="store_true", help="print the validation NELBO of --weights, or of "
+        "the average of --teachers")
     args = parser.parse_args(argv)
     if args.resume:
         state = Files(args.weights).state
@@ -288,6 +290,18 @@ def load_teachers(
             if theirs != ours:
                 raise BadInput(f"--teachers {path}: its {name} is {theirs}, this run's is {ours}")
     return teachers
+
+
+class Ensemble(torch.nn.Module):
+    """Several models as one that averages their probabilities."""
+
+    def __init__(self, models: list[DiffusionTransformer]):
+        super().__init__()
+        self.models, self.config = torch.nn.ModuleList(models), models[0].config
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        log_p = [log_probs(model(x_t, t), self.config.mask_token_id) for model in self.models]
+        return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))           # (B, T, V)
 
 
 @torch.no_grad()
@@ -510,7 +524,11 @@ def compiled(model: DiffusionTransformer, batch_size: int, device: torch.device)
 
 def evaluate_only(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
-    model, meta = load_weights(args.weights, device)
+    if args.teachers:
+        config = DiffusionConfig(**{name: getattr(args, name) for name in SIZES})
+        model, meta = Ensemble(load_teachers(args.teachers, config, device)), {}
+    else:
+        model, meta = load_weights(args.weights, device)
     _, val, corpus_sha256 = load_corpus(args.data[0], model.config)
     if meta.get("corpus_sha256", corpus_sha256) != corpus_sha256:
         warn("note: the weights learned another text than --data")

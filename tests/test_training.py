@@ -318,6 +318,19 @@ def test_teacher_nll_is_the_cross_entropy_to_their_average():
     assert nll.mean().item() == pytest.approx(total / masked.sum().item(), rel=1e-4)
 
 
+@torch.no_grad()
+def test_an_ensemble_averages_probabilities(whole_run, small_corpus, command):
+    models = [random_model(seed=seed) for seed in range(3)]
+    x_t = partly_masked(4, 32, 0.5, seed=1)
+    t = noise_index(x_t == 0, 128)
+    p = torch.stack([log_probs(model(x_t, t), 0).exp() for model in models]).mean(0)
+    torch.testing.assert_close(training.Ensemble(models)(x_t, t).exp(), p)
+    alone = ["--eval-only", "--data", small_corpus, "--weights", whole_run]
+    twice = ["--eval-only", "--data", small_corpus, *SIZES, "--teachers", whole_run, whole_run]
+    figures = [command(training.main, *arguments).stdout for arguments in (alone, twice)]
+    assert "nats per character" in figures[0] and figures[0] == figures[1]
+
+
 def test_a_student_learns_from_teachers(whole_run, small_corpus, tmp_path, command):
     arguments = ["--data", small_corpus, "--weights", tmp_path / "w.pt", "--teachers", whole_run,
                  whole_run, "--steps", 12, *TINY_RUN]
