@@ -236,6 +236,8 @@ def frontier_points(temperatures):
     yield "whole window, ancestral 128", [0.8], SamplerConfig(rule, sweeps=0, **whole)
     rule = partial(threshold, tau=0.9)
     yield "whole window, threshold 0.9", [0.0], SamplerConfig(rule, sweeps=0, **whole)
+    rule = partial(left_to_right, k=1)
+    yield "whole window, left to right", [0.6], SamplerConfig(rule, sweeps=0, **whole)
 
 
 def everything_written(args, model, twin, x):
