@@ -151,6 +151,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def size_config(args: argparse.Namespace) -> DiffusionConfig:
+    """The network and diffusion that the flags ask for."""
+    return DiffusionConfig(**{name: getattr(args, name) for name in SIZES})
+
+
 # --------------------------------------------------------------------------------------------------
 # Optimizers
 
@@ -292,6 +297,11 @@ def load_teachers(
     return teachers
 
 
+def average(log_p: list[torch.Tensor]) -> torch.Tensor:
+    """The logarithm of the mean of the probabilities whose logarithms are given."""
+    return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))
+
+
 class Ensemble(torch.nn.Module):
     """Several models as one that averages their probabilities."""
 
@@ -301,7 +311,7 @@ class Ensemble(torch.nn.Module):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         log_p = [log_probs(model(x_t, t), self.config.mask_token_id) for model in self.models]
-        return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))           # (B, T, V)
+        return average(log_p)                                       # (B, T, V)
 
 
 @torch.no_grad()
@@ -525,8 +535,7 @@ def compiled(model: DiffusionTransformer, batch_size: int, device: torch.device)
 def evaluate_only(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     if args.teachers:
-        config = DiffusionConfig(**{name: getattr(args, name) for name in SIZES})
-        model, meta = Ensemble(load_teachers(args.teachers, config, device)), {}
+        model, meta = Ensemble(load_teachers(args.teachers, size_config(args), device)), {}
     else:
         model, meta = load_weights(args.weights, device)
     _, val, corpus_sha256 = load_corpus(args.data[0], model.config)
@@ -678,7 +687,7 @@ def train(args: argparse.Namespace) -> None:
     leader = rank == 0
 
     # Data
-    config = DiffusionConfig(**{name: getattr(args, name) for name in SIZES})
+    config = size_config(args)
     train, val, corpus_sha256 = load_corpus(args.data[0], config)
     others = load_further_texts(args.data[1:], val, config)
     texts = {"corpus_sha256": corpus_sha256, "other_texts": [sha256 for _, sha256 in others]}

@@ -43,6 +43,7 @@ from model import (  # noqa: E402
 )
 from sample import draw, load_for_sampling, row_generators, uniform  # noqa: E402
 from training import (  # noqa: E402
+    average,
     keep_freed_memory,
     learning_rate_factor,
     make_optimizers,
@@ -128,8 +129,7 @@ def continue_causally(
     new = torch.cat((x.new_full((len(x), 1), config.mask_token_id), x), 1)
     while x.size(1) < end:
         pairs = zip(twins, caches, strict=True)
-        log_p = torch.stack([next_log_probs(twin, kept, new) for twin, kept in pairs])
-        log_p = log_p.logsumexp(0) - math.log(len(twins))           # (B, 1, V)
+        log_p = average([next_log_probs(twin, kept, new) for twin, kept in pairs])  # (B, 1, V)
         new = draw(log_p, temperature, uniform(generators, log_p[..., 0]))
         x = torch.cat((x, new), 1)
     return x
