@@ -4,6 +4,8 @@
     uv run tests/ablation_training.py --only weighting       # the rows whose name contains the word
     uv run tests/ablation_training.py --seeds 0 1 2 --only baseline "the recipe"
     uv run tests/ablation_training.py --share 0.05 --only baseline regularisation   # many epochs
+    uv run tests/ablation_training.py --share 0.167 --characters 24000000 --keep weights/ablations \
+        --only "the recipe" long:      # the shipped run in small, half an hour to an hour a row
 
 Every run sees the same number of characters and ends with a learning rate of zero. "baseline" is
 where these trials began, and each other row changes in it what its name says; "the recipe" is where
@@ -11,9 +13,11 @@ they led, and what training.py does. What was tried and lost stands here and now
 results are in ablations.md.
 """
 
+import argparse
+import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +30,23 @@ from model import (  # noqa: E402
     DiffusionTransformer,
     autocast,
     load_corpus,
+    load_weights,
     masked_nll,
     nelbo,
     noise_index,
     number,
     q_sample,
     run,
+    save_weights,
 )
-from training import keep_freed_memory, make_optimizers, update  # noqa: E402
+from training import (  # noqa: E402
+    TEACHER_SHARE,
+    ask,
+    keep_freed_memory,
+    make_optimizers,
+    teacher_nll,
+    update,
+)
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -56,7 +69,9 @@ class Recipe:
     learning_rate: float = 3e-3        # of the rest
     batch_size: int = 16
     weight_decay: float = 0.0
-    dropout: float = 0.0
+    last_weight_decay: float | None = None   # towards which it moves as the rate falls
+    dropout: float = 0.0                     # behind attention and MLP
+    mlp_dropout: float = 0.0                 # behind the MLP alone
     ema: float = 0.0
     warmup: float = 0.01
     decay: float = 0.5
@@ -66,11 +81,15 @@ class Recipe:
     # Share of sequences clean up to a point and masked after a window, from this progress on
     sampler_shape: tuple = (0.0, 0.0)
     causal_start: float = 0.0    # share of the run that trains causal next-character prediction
+    permuted: bool = False       # every epoch the whole text in a new order, instead of crops
+    teachers: tuple = ()         # seeds of "the recipe" whose models' probabilities it learns too
 
 
+RECIPE = Recipe(spread=1.0, flat=1 / 16, curriculum=0.5)
+FALLING = replace(RECIPE, decay=1.0)
 ROWS = {
     "baseline": Recipe(),
-    "the recipe": Recipe(spread=1.0, flat=1 / 16, curriculum=0.5),
+    "the recipe": RECIPE,
     "noise: bell of 1.0 alone, opening until half": Recipe(spread=1.0, curriculum=0.5),
     "noise: bell of 1.0 widening to 1.7, opening until half": Recipe(
         spread=1.0, last_spread=1.7, curriculum=0.5
@@ -107,7 +126,43 @@ ROWS = {
     "masks: half in the sampler's shape, last 30%": Recipe(sampler_shape=(0.5, 0.7)),
     "start: causal for 15%": Recipe(causal_start=0.15),
     "start: causal for 30%": Recipe(causal_start=0.3),
+    "long: falls from the start at 0.02": FALLING,
+    "long: falls from the start at 0.01": replace(
+        FALLING, muon_learning_rate=0.01, learning_rate=1.5e-3
+    ),
+    "long: falls from the start at 0.005": replace(
+        FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4
+    ),
+    "long: batch of 32 sequences": replace(RECIPE, batch_size=32),
+    "long: MLP dropout 0.05": replace(RECIPE, mlp_dropout=0.05),
+    "long: MLP dropout 0.1": replace(RECIPE, mlp_dropout=0.1),
+    "long: weight decay 0.3": replace(RECIPE, weight_decay=0.3),
+    "long: weight decay 0.8": replace(RECIPE, weight_decay=0.8),
+    "long: weight decay 0.1, rising to 0.8": replace(
+        RECIPE, weight_decay=0.1, last_weight_decay=0.8
+    ),
+    "long: permuted epochs": replace(RECIPE, permuted=True),
+    "long: student of two seeds": replace(RECIPE, teachers=(0, 1)),
+    "long: student of one seed": replace(RECIPE, teachers=(1,)),
 }
+
+
+def draw_starts(recipe, length, steps):
+    """Where the sequences of every step begin in a text of that length: yields (B,) each time."""
+    B, T = recipe.batch_size, CONFIG.sequence_len
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if recipe.permuted:
+            while len(order) < B:
+                offset = torch.randint(T, ()).item()
+                places = torch.arange(offset, length - T + 1, T)
+                order = torch.cat((order, places[torch.randperm(len(places))]))
+            starts, order = order[:B], order[B:]
+        else:
+            starts = torch.randint(length - T + 1, (B,))
+        if recipe.complementary:
+            starts[B // 2 :] = starts[: B // 2]
+        yield starts
 
 
 def draw_levels(recipe, B, progress):
@@ -157,14 +212,18 @@ def sequence_weights(recipe, masked, t):
     return weight / (len(m) if recipe.weighting == "bound" else weight.sum().clamp(min=1.0))
 
 
-def loss_of(recipe, model, fast, x_0, progress):
+def loss_of(recipe, model, fast, teachers, x_0, progress):
     if progress < recipe.causal_start:
         with causal_attention():
             logits = model(x_0, torch.zeros(len(x_0), dtype=torch.long))[:, :-1]
         return F.cross_entropy(logits.float().transpose(1, 2), x_0[:, 1:])
     x_t, masked, t = draw_masks(recipe, x_0, progress)
-    logits = fast(x_t, noise_index(masked, CONFIG.diffusion_steps))
+    index = noise_index(masked, CONFIG.diffusion_steps)
+    logits = fast(x_t, index)
     nll = masked_nll(logits, x_0, masked, CONFIG.mask_token_id)
+    if teachers:
+        soft = teacher_nll(logits, ask(teachers, x_t, index), masked, CONFIG.mask_token_id)
+        nll = TEACHER_SHARE * soft + (1 - TEACHER_SHARE) * nll
     return (nll * sequence_weights(recipe, masked, t)).sum()
 
 
@@ -172,13 +231,14 @@ def drop_out(rate, module, inputs, out):
     return F.dropout(out, rate, module.training)
 
 
-def train(recipe, tokens, characters, seed):
+def train(recipe, tokens, characters, seed, teachers):
     torch.manual_seed(seed)
     model = DiffusionTransformer(CONFIG)
-    if recipe.dropout:
-        for block in model.blocks:
-            for part in (block.attn.c_proj, block.mlp.c_proj):
-                part.register_forward_hook(partial(drop_out, recipe.dropout))
+    for block in model.blocks:
+        attention_rate, mlp_rate = recipe.dropout, max(recipe.dropout, recipe.mlp_dropout)
+        for part, rate in ((block.attn.c_proj, attention_rate), (block.mlp.c_proj, mlp_rate)):
+            if rate:
+                part.register_forward_hook(partial(drop_out, rate))
     optimizers = make_optimizers(model, recipe)
     if recipe.optimizer == "adamw":
         matrices = optimizers[0].param_groups[0]["params"]
@@ -190,14 +250,16 @@ def train(recipe, tokens, characters, seed):
     fast = torch.compile(model)
     B, T = recipe.batch_size, CONFIG.sequence_len
     steps = characters // (B * T)
-    for step in range(steps):
+    for step, starts in enumerate(draw_starts(recipe, len(tokens), steps)):
         progress = step / steps
-        factor = min(1.0, progress / recipe.warmup, (1 - progress) / recipe.decay)
-        starts = torch.randint(len(tokens) - T + 1, (B,))
-        if recipe.complementary:
-            starts[B // 2 :] = starts[: B // 2]
+        fall = min(1.0, (1 - progress) / recipe.decay)
+        factor = min(progress / recipe.warmup, fall)
+        if recipe.last_weight_decay is not None:
+            rise = (recipe.last_weight_decay - recipe.weight_decay) * (1 - fall)
+            optimizers[0].param_groups[0]["weight_decay"] = recipe.weight_decay + rise
+        x_0 = tokens[starts[:, None] + torch.arange(T)]
         with autocast(torch.device("cpu")):
-            loss = loss_of(recipe, model, fast, tokens[starts[:, None] + torch.arange(T)], progress)
+            loss = loss_of(recipe, model, fast, teachers, x_0, progress)
         loss.backward()
         update(model, optimizers, factor)
         if recipe.ema:
@@ -205,6 +267,28 @@ def train(recipe, tokens, characters, seed):
     if recipe.ema:
         torch._foreach_copy_(weights, average)
     return model
+
+
+def trained(name: str, seed: int, tokens: torch.Tensor, args: argparse.Namespace):
+    """The model of a row, and the seconds that its training took. Where --keep has it from an
+    earlier run with the same settings, it is not trained again."""
+    recipe = ROWS[name]
+    about = {"recipe": asdict(recipe), "characters": args.characters, "share": args.share}
+    path = args.keep and args.keep / (re.sub(r"\W+", "-", f"{name} {seed}") + ".pt")
+    if path and path.exists():
+        model, meta = load_weights(path)
+        if meta == {**about, "seconds": meta["seconds"]}:
+            return model, meta["seconds"]
+    teachers = [trained("the recipe", teacher, tokens, args)[0] for teacher in recipe.teachers]
+    torch._dynamo.reset()
+    started = time.perf_counter()
+    model = train(recipe, tokens, args.characters, seed, teachers)
+    seconds = time.perf_counter() - started
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(model, {**about, "seconds": seconds}, path)
+        model, _ = load_weights(path)
+    return model, seconds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -216,18 +300,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--share", type=number(float, above=0, most=1), default=1.0,
         help="share of the train split that the runs see: less means more epochs")
     add("--seeds", type=SEED, nargs="+", default=[0], help="random seeds")
+    add("--keep", type=Path, metavar="FOLDER", help="keep the models there, and train no row again "
+        "whose model is there")
     args = parser.parse_args(argv)
     keep_freed_memory()
     tokens, val, _ = load_corpus(DEFAULT_DATA, CONFIG)
     tokens = tokens[: int(args.share * len(tokens))]
     print(f"{args.characters} characters a run, {args.characters / len(tokens):.1f} epochs\n\n"
           "| change | seed | NELBO | seconds |\n|---|---|---|---|", flush=True)
-    for name, recipe in ROWS.items():
+    for name in ROWS:
         for seed in args.seeds if any(word in name for word in args.only) else []:
-            torch._dynamo.reset()
-            started = time.perf_counter()
-            model = train(recipe, tokens, args.characters, seed)
-            seconds = time.perf_counter() - started
+            model, seconds = trained(name, seed, tokens, args)
             mean, error = nelbo(model, val)
             print(f"| {name} | {seed} | {mean:.4f} ± {error:.4f} | {seconds:.0f} |", flush=True)
 
