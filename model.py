@@ -100,13 +100,18 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v, (B, H, T, D): every query attends to every key.
+    """softmax(q k^T / sqrt(D)) v, (B, H, K, D) for K queries: each attends to all T keys.
 
-    On a CPU, training uses plain products: the fused kernel's backward pass takes up to three
-    times as long."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        return ((q * q.size(-1) ** -0.5) @ k.mT).softmax(-1) @ v    # (B, H, T, T) in between
+    On a CPU as plain products: the fused kernel is slower there, its backward pass up to three
+    times."""
+    if q.device.type == "cpu":
+        return ((q * q.size(-1) ** -0.5) @ k.mT).softmax(-1) @ v    # (B, H, K, T) in between
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def pick(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """x (B, T, C) at the positions `at` (B, K): (B, K, C)."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.size(-1)))
 
 
 class Attention(nn.Module):
@@ -118,15 +123,18 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, at=None):
         B, T, C = x.shape
-        heads = (B, T, self.n_head, C // self.n_head)
-        q = self.c_q(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
+        heads = (B, -1, self.n_head, C // self.n_head)
+        q = self.c_q(x if at is None else pick(x, at))              # (B, K, C); K = T without `at`
+        q = q.view(heads).transpose(1, 2)                           # (B, H, K, D)
         k = self.c_k(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
         v = self.c_v(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        y = attend(q, k, v)                                         # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))      # (B, T, C)
+        k = norm(rotate(k, cos, sin))
+        if at is not None:
+            cos, sin = cos[at][:, None], sin[at][:, None]           # (B, 1, K, D/2)
+        y = attend(norm(rotate(q, cos, sin)), k, v)                 # (B, H, K, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, -1, C))     # (B, K, C)
 
 
 class MLP(nn.Module):
@@ -145,9 +153,10 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn(norm(x), cos, sin)                        # (B, T, C)
-        return x + self.mlp(norm(x))                                # (B, T, C)
+    def forward(self, x, cos, sin, at=None):
+        y = self.attn(norm(x), cos, sin, at)                        # (B, K, C)
+        x = (x if at is None else pick(x, at)) + y                  # (B, K, C)
+        return x + self.mlp(norm(x))                                # (B, K, C)
 
 
 class DiffusionTransformer(nn.Module):
@@ -180,15 +189,21 @@ class DiffusionTransformer(nn.Module):
                 std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, at: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits (B, T, V) at every position, from ids x_t (B, T) and noise indices t (B,), as
-        `noise_index` gives them. T may be anything up to sequence_len."""
+        `noise_index` gives them. T may be anything up to sequence_len.
+
+        With positions `at` (B, K): logits (B, K, V) there, and the last block skips the others."""
         T = x_t.size(1)
+        cos, sin = self.cos[:T], self.sin[:T]
         x = self.token_emb(x_t) + self.time_emb(t)[:, None]         # (B, T, C)
         x = norm(x)                                                 # (B, T, C)
-        for block in self.blocks:
-            x = block(x, self.cos[:T], self.sin[:T])                # (B, T, C)
-        return self.output_head(norm(x))                            # (B, T, V)
+        for block in self.blocks[:-1]:
+            x = block(x, cos, sin)                                  # (B, T, C)
+        x = self.blocks[-1](x, cos, sin, at)                        # (B, K, C)
+        return self.output_head(norm(x))                            # (B, K, V)
 
 
 # --------------------------------------------------------------------------------------------------

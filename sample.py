@@ -161,8 +161,13 @@ def denoise(
             return
         x_t, masked = x[live], masked[live]                                 # (B', T)
         live_generators = [generators[r] for r in live.tolist()]
+        # Where logits are wanted: at the K masked positions of the row that has most of them
+        at = masked.float().topk(int(masked.sum(1).max())).indices          # (B', K)
         with autocast(x.device):
-            logits = model(x_t, noise_index(masked, model.config.diffusion_steps))
+            logits = model(x_t, noise_index(masked, model.config.diffusion_steps), at)
+        logits = logits.new_zeros(*x_t.shape, logits.size(-1)).scatter_(
+            1, at[..., None].expand_as(logits), logits
+        )
         log_p = log_probs(logits, mask_token_id)                            # (B', T, V)
         u = uniform(live_generators, x_t) if temperature else None
         chosen = draw(log_p, temperature, u)                                # (B', T)
@@ -185,14 +190,14 @@ class SamplerConfig:
     sweep_temperature: float = 0.0
     stride: int = 4                 # each correction call remasks every stride-th character
     block_len: int | None = None    # new characters at a time; None is 128, or half a short model
-    context_len: int | None = None  # characters that a block sees before it; None is 64, or fewer
+    context_len: int | None = None  # characters that a block sees before it; None is 32, or fewer
 
     def lengths(self, sequence_len: int) -> tuple[int, int]:
         """Block and context for a model of that sequence length, or BadInput if they don't fit."""
         block_len = self.block_len or min(128, max(1, sequence_len // 2))
         context_len = self.context_len
         if context_len is None:
-            context_len = max(0, min(64, sequence_len - block_len))
+            context_len = max(0, min(32, sequence_len - block_len))
         if context_len + block_len > sequence_len:
             raise BadInput(
                 f"block {block_len} and context {context_len} together exceed the model's "
@@ -240,7 +245,7 @@ def generate(
     A block is drafted with nothing to its right, so its last quarter is uncertain. It is held back
     until the next block exists, whose corrector may still change it."""
     block_len, context_len = config.lengths(model.config.sequence_len)
-    held = min(block_len // 4, context_len) if config.sweeps else 0
+    held = min(block_len // 4, context_len // 2) if config.sweeps else 0
     blank = torch.full((x.size(0), block_len), model.config.mask_token_id, device=x.device)
     final = x.size(1)
     for block in range(num_blocks):
@@ -372,7 +377,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="characters per block (default: 128, or half the model's sequence length if that is "
         "less)")
     add("--context-len", type=number(int, least=0, most=10**9),
-        help="characters before a block that it is conditioned on (default: 64, or what fits)")
+        help="characters before a block that it is conditioned on (default: 32, or what fits)")
     add_sampler_arguments(parser)
     add_model_arguments(parser)
     args = parser.parse_args(argv)

@@ -196,8 +196,8 @@ def cosine_ancestral(proposal, steps):
 
 def frontier_points(temperatures):
     """(name, temperatures, SamplerConfig but for the temperature)."""
-    whole, medium, small = (
-        dict(block_len=b, context_len=c) for b, c in ((240, 16), (64, 32), (32, 32))
+    whole, large, medium, small = (
+        dict(block_len=b, context_len=c) for b, c in ((240, 16), (128, 64), (64, 32), (32, 32))
     )
     gumbel = partial(gumbel_top_k, k=4)
     for name, rule in (
@@ -214,17 +214,20 @@ def frontier_points(temperatures):
     ):
         yield f"draft alone, {name}", temperatures, SamplerConfig(rule, sweeps=0, **medium)
     for name, rule, sweeps, stride, block in (
-        ("top-k 16, 1 sweep of 6", partial(top_k, k=16), 1, 6, {}),
-        ("top-k 16, 2 sweeps of 4", partial(top_k, k=16), 2, 4, {}),
-        ("top-k 8, 1 sweep of 6", partial(top_k, k=8), 1, 6, {}),
-        ("top-k 16 with Gumbel noise, 1 sweep of 6", partial(gumbel_top_k, k=16), 1, 6, {}),
-        ("top-k 16 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=16), 2, 4, {}),
-        ("top-k 16 with Gumbel noise, 2 sweeps of 3", partial(gumbel_top_k, k=16), 2, 3, {}),
-        ("top-k 20 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=20), 2, 4, {}),
-        ("top-k 8 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=8), 2, 4, {}),
-        ("top-k 8 with Gumbel noise, 2 sweeps of 6", partial(gumbel_top_k, k=8), 2, 6, {}),
-        ("top-k 6 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=6), 2, 4, {}),
-        ("threshold 0.5, 1 sweep of 6", partial(threshold, tau=0.5), 1, 6, {}),
+        ("top-k 16, 1 sweep of 6", partial(top_k, k=16), 1, 6, large),
+        ("top-k 16, 2 sweeps of 4", partial(top_k, k=16), 2, 4, large),
+        ("top-k 8, 1 sweep of 6", partial(top_k, k=8), 1, 6, large),
+        ("top-k 16 with Gumbel noise, 1 sweep of 6", partial(gumbel_top_k, k=16), 1, 6, large),
+        ("top-k 16 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=16), 2, 4, large),
+        ("top-k 16 with Gumbel noise, 2 sweeps of 3", partial(gumbel_top_k, k=16), 2, 3, large),
+        ("top-k 20 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=20), 2, 4, large),
+        ("top-k 8 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=8), 2, 4, large),
+        ("top-k 8 with Gumbel noise, 2 sweeps of 6", partial(gumbel_top_k, k=8), 2, 6, large),
+        ("top-k 6 with Gumbel noise, 2 sweeps of 4", partial(gumbel_top_k, k=6), 2, 4, large),
+        ("threshold 0.5, 1 sweep of 6", partial(threshold, tau=0.5), 1, 6, large),
+        ("top-k 20 with noise, 2 sweeps of 4, after 32", partial(gumbel_top_k, k=20), 2, 4, {}),
+        ("top-k 22 with noise, 2 sweeps of 4, after 32", partial(gumbel_top_k, k=22), 2, 4, {}),
+        ("top-k 8 with noise, 2 sweeps of 4, after 32", partial(gumbel_top_k, k=8), 2, 4, {}),
         ("top-k 8, 2 sweeps of 4, blocks of 64", partial(top_k, k=8), 2, 4, medium),
         ("top-k 8, 2 sweeps of 4, blocks of 32", partial(top_k, k=8), 2, 4, small),
         ("top-k 24 with Gumbel noise, whole window", partial(gumbel_top_k, k=24), 2, 4, whole),

@@ -10,7 +10,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from model import DiffusionConfig, DiffusionTransformer, run, save_weights
+from model import DiffusionConfig, DiffusionTransformer, pick, run, save_weights
 
 import pytest
 import torch
@@ -42,9 +42,10 @@ class TableModel(torch.nn.Module):
             torch.randn(size, config.sequence_len, config.vocab_size, generator=generator)
         )
 
-    def forward(self, x_t, t):
+    def forward(self, x_t, t, at=None):
         place = self.config.vocab_size ** torch.arange(self.config.sequence_len)
-        return self.table[(x_t * place).sum(1)]
+        logits = self.table[(x_t * place).sum(1)]
+        return logits if at is None else pick(logits, at)
 
 
 def no_space(*_):

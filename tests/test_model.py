@@ -19,6 +19,7 @@ from model import (
     masked_nll,
     nelbo,
     noise_index,
+    pick,
     q_sample,
     save_weights,
 )
@@ -120,6 +121,13 @@ def plain_forward(state, x_t, t, n_layer, n_head):
             x = [row + w["mlp.c_proj"] @ h for row, h in zip(mixed, hidden, strict=True)]
         logits.append(torch.stack([state["output_head.weight"] @ unit(row) for row in x]))
     return torch.stack(logits)
+
+
+@torch.no_grad()
+def test_logits_asked_for_at_some_positions_are_those_of_the_whole():
+    model, x_t = random_model(), torch.randint(0, 128, (3, 20))
+    t, at = torch.tensor([0, 5, 127]), torch.tensor([[3, 19], [0, 1], [7, 2]])
+    torch.testing.assert_close(model(x_t, t, at), pick(model(x_t, t), at))
 
 
 def test_forward_agrees_with_a_plain_implementation():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import sample
-from model import BadInput, DiffusionConfig, autocast
+from model import BadInput, DiffusionConfig, autocast, pick
 from sample import (
     Proposal,
     SamplerConfig,
@@ -270,13 +270,13 @@ def test_correcting_at_temperature_one_leaves_the_models_own_distribution_alone(
             super().__init__()
             self.config = config
 
-        def forward(self, x_t, t):
+        def forward(self, x_t, t, at):
             p = torch.full((len(x_t), 2, 3), 1e-9)
             for i, table in ((0, joint), (1, joint.T)):
                 other = x_t[:, 1 - i]
                 conditional = table[:, (other - 1).clamp(min=0)].T
                 p[:, i, 1:] = torch.where((other == 0)[:, None], table.sum(1), conditional)
-            return p.log()
+            return pick(p.log(), at)
 
     n = 20_000
     how = SamplerConfig(everything, 1.0, sweeps=8, sweep_temperature=1.0, stride=2)
