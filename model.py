@@ -126,6 +126,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, at=None):
         B, T, C = x.shape
         heads = (B, -1, self.n_head, C // self.n_head)
+        x = x.to(self.c_q.weight.dtype)  # once, where autocast would three times
         q = self.c_q(x if at is None else pick(x, at))              # (B, K, C); K = T without `at`
         q = q.view(heads).transpose(1, 2)                           # (B, H, K, D)
         k = self.c_k(x).view(heads).transpose(1, 2)                 # (B, H, T, D)

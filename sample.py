@@ -291,13 +291,15 @@ def infill(
 
 
 def load_for_sampling(path: Path, device: torch.device) -> DiffusionTransformer:
-    """The model of `load_weights`, its matrices stored as bfloat16 where the hardware multiplies
-    that. Autocast would convert them at every call, to the same numbers."""
+    """The model of `load_weights`, its matrices and rotary tables stored as bfloat16 where the
+    hardware multiplies that. Autocast would convert the matrices at every call, to the same
+    numbers; with tables of float32, queries and keys would become float32 for a while."""
     model, _ = load_weights(path, device)
     if multiplies_bf16(device):
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.to(torch.bfloat16)
+        model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
     return model
 
 

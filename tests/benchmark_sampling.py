@@ -228,6 +228,7 @@ def frontier_points(temperatures):
         ("top-k 20 with noise, 2 sweeps of 4, after 32", partial(gumbel_top_k, k=20), 2, 4, {}),
         ("top-k 22 with noise, 2 sweeps of 4, after 32", partial(gumbel_top_k, k=22), 2, 4, {}),
         ("top-k 8 with noise, 2 sweeps of 4, after 32", partial(gumbel_top_k, k=8), 2, 4, {}),
+        ("top-k 6 with noise, 2 sweeps of 4, after 32", partial(gumbel_top_k, k=6), 2, 4, {}),
         ("top-k 8, 2 sweeps of 4, blocks of 64", partial(top_k, k=8), 2, 4, medium),
         ("top-k 8, 2 sweeps of 4, blocks of 32", partial(top_k, k=8), 2, 4, small),
         ("top-k 24 with Gumbel noise, whole window", partial(gumbel_top_k, k=24), 2, 4, whole),

@@ -88,16 +88,16 @@ class KeptKeys:
         layer, end = next(self.turn), self.n + q.size(2)
         if not self.n:
             B, H, _, D = q.shape
-            layer[:] = q.new_empty(2, B, H, self.length, D).unbind()
+            layer[:] = torch.empty(2, B, H, self.length, D, device=q.device).unbind()
         for kept, new in zip(layer, (k, v), strict=True):
             kept[:, :, self.n : end] = new
         keys, values = (kept[:, :, :end] for kept in layer)
         if layer is self.layers[-1]:
             self.n = end
-        # Without autocast: for a single query, a CPU takes twice as long in bfloat16 as in float32.
+        # In float32, so without autocast: for a single query, bfloat16 takes a CPU twice as long.
         # More than one query comes only at the beginning, when nothing is kept
         with torch.autocast(q.device.type, enabled=False):
-            return F.scaled_dot_product_attention(q, keys, values, is_causal=q.size(2) > 1)
+            return F.scaled_dot_product_attention(q.float(), keys, values, is_causal=q.size(2) > 1)
 
 
 def next_log_probs(
