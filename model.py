@@ -109,9 +109,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def pick(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """x (B, T, C) at the positions `at` (B, K): (B, K, C)."""
-    return x.gather(1, at[..., None].expand(-1, -1, x.size(-1)))
+def pick(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    """x (B, T, C) at the positions `at` (B, K): (B, K, C). Without any, all of x; then K is T."""
+    return x if at is None else x.gather(1, at[..., None].expand(-1, -1, x.size(-1)))
 
 
 class Attention(nn.Module):
@@ -126,9 +126,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, at=None):
         B, T, C = x.shape
         heads = (B, -1, self.n_head, C // self.n_head)
-        x = x.to(self.c_q.weight.dtype)  # once, where autocast would three times
-        q = self.c_q(x if at is None else pick(x, at))              # (B, K, C); K = T without `at`
-        q = q.view(heads).transpose(1, 2)                           # (B, H, K, D)
+        x = x.to(self.c_q.weight.dtype)  # cast once, where autocast would cast three times
+        q = self.c_q(pick(x, at)).view(heads).transpose(1, 2)       # (B, H, K, D)
         k = self.c_k(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
         v = self.c_v(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
         k = norm(rotate(k, cos, sin))
@@ -156,7 +155,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, at=None):
         y = self.attn(norm(x), cos, sin, at)                        # (B, K, C)
-        x = (x if at is None else pick(x, at)) + y                  # (B, K, C)
+        x = pick(x, at) + y                                         # (B, K, C)
         return x + self.mlp(norm(x))                                # (B, K, C)
 
 

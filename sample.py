@@ -50,7 +50,8 @@ DEFAULT_K, DEFAULT_THRESHOLD, DEFAULT_STEPS = 20, 0.9, 128  # of the methods bel
 class Proposal(NamedTuple):
     """What a rule sees at one step; it answers with the positions to unmask, (B, T) bool."""
 
-    log_p: torch.Tensor         # (B, T, V) the model's log-probabilities, before any temperature
+    # (B, T, V) the model's log-probabilities before any temperature; no meaning where not masked
+    log_p: torch.Tensor
     chosen: torch.Tensor        # (B, T) the character drawn at every position
     masked: torch.Tensor        # (B, T)
     unmask_time: torch.Tensor   # (B, T) uniform on [0, 1), the same at every step
@@ -161,7 +162,7 @@ def denoise(
             return
         x_t, masked = x[live], masked[live]                                 # (B', T)
         live_generators = [generators[r] for r in live.tolist()]
-        # Where logits are wanted: at the K masked positions of the row that has most of them
+        # Logits are wanted at masked positions; rows that have fewer than others add visible ones
         at = masked.float().topk(int(masked.sum(1).max())).indices          # (B', K)
         with autocast(x.device):
             logits = model(x_t, noise_index(masked, model.config.diffusion_steps), at)
