@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from model import (
 )
 from sample import draw, row_generators, uniform
 
+import ablation_training as ablation
 import benchmark_likelihood as likelihood
 import benchmark_sampling as judging
 import benchmark_training as timing
@@ -74,6 +76,32 @@ def test_operations_per_character_are_those_that_torch_counts():
         model(x, x[:, 0]).sum().backward()
     counted = sum(counter.get_flop_counts()["Global"].values())
     assert counted == 3 * 16 * timing.flops_per_character(config)
+
+
+def test_permuted_epochs_read_every_window_once():
+    recipe = replace(ablation.RECIPE, permuted=True, batch_size=3)
+    starts = torch.cat(list(ablation.draw_starts(recipe, 256 * 8 + 255, steps=16)))
+    for epoch in starts.view(6, 8):  # of eight windows, wherever the first begins
+        assert (epoch.sort().values.diff() == 256).all()
+    assert not torch.equal(starts[:8] - starts[:8].min(), starts[8:16] - starts[8:16].min())
+
+
+def test_a_kept_ablation_is_not_trained_again_unless_its_settings_differ(tmp_path, monkeypatch):
+    trainings = []
+
+    def train(recipe, tokens, characters, seed, teachers):
+        trainings.append((recipe, seed, len(teachers)))
+        return random_model()
+
+    monkeypatch.setattr(ablation, "train", train)
+    args = Namespace(keep=tmp_path, characters=8192, share=1.0)
+    for _ in range(2):
+        ablation.trained("long: student of two seeds", 0, None, args)
+    student = ablation.ROWS["long: student of two seeds"]
+    assert trainings == [(ablation.RECIPE, 0, 0), (ablation.RECIPE, 1, 0), (student, 0, 2)]
+    args.share = 0.5
+    ablation.trained("the recipe", 0, None, args)
+    assert len(trainings) == 4
 
 
 def every_text(length, vocab_size):
