@@ -61,7 +61,7 @@ from model import (  # before torch, for which it sets the environment
     spaced_windows,
     warn,
 )
-from sample import denoise, load_for_sampling, row_generators, top_k
+from sample import denoise, row_generators, top_k
 
 import torch
 import torch.distributed as dist
@@ -288,7 +288,7 @@ def load_teachers(
     paths: list[str], config: DiffusionConfig, device: torch.device
 ) -> list[DiffusionTransformer]:
     """Models whose probabilities the network learns; they may differ from it in size alone."""
-    teachers = [load_for_sampling(Path(path), device) for path in paths]
+    teachers = [load_weights(path, device)[0] for path in paths]
     for path, teacher in zip(paths, teachers, strict=True):
         for name in ("sequence_len", "vocab_size", "mask_token_id", "diffusion_steps"):
             theirs, ours = getattr(teacher.config, name), getattr(config, name)
