@@ -243,8 +243,9 @@ def generate(
     """Continues the ids x (B, T), where T may be 0, by num_blocks blocks. Yields new ids (B, n) as
     soon as they are final. Raises BadInput if block and context exceed the model's sequence length.
 
-    A block is drafted with nothing to its right, so its last quarter is uncertain. It is held back
-    until the next block exists, whose corrector may still change it."""
+    A block is drafted with nothing to its right, so its end is uncertain. A quarter of it, or half
+    the context if that is less, is held back until the next block exists, whose corrector may still
+    change it."""
     block_len, context_len = config.lengths(model.config.sequence_len)
     held = min(block_len // 4, context_len // 2) if config.sweeps else 0
     blank = torch.full((x.size(0), block_len), model.config.mask_token_id, device=x.device)
