@@ -133,6 +133,12 @@ ROWS = {
     "long: falls from the start at 0.005": replace(
         FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4
     ),
+    "long: falls from the start at 0.0025": replace(
+        FALLING, muon_learning_rate=0.0025, learning_rate=3.75e-4
+    ),
+    "long: falls from the start at 0.005, weight decay 0.3": replace(
+        FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4, weight_decay=0.3
+    ),
     "long: batch of 32 sequences": replace(RECIPE, batch_size=32),
     "long: MLP dropout 0.05": replace(RECIPE, mlp_dropout=0.05),
     "long: MLP dropout 0.1": replace(RECIPE, mlp_dropout=0.1),
