@@ -9,8 +9,8 @@
 
 Every run sees the same number of characters and ends with a learning rate of zero. "baseline" is
 where these trials began, and each other row changes in it what its name says; "the recipe" is where
-they led, and what training.py does. What was tried and lost stands here and nowhere else. The
-results are in ablations.md.
+they led, and what training.py does in a short run. The rows "long:" change something in the recipe.
+What was tried and lost stands here and nowhere else. The results are in ablations.md.
 """
 
 import argparse
@@ -82,7 +82,8 @@ class Recipe:
     sampler_shape: tuple = (0.0, 0.0)
     causal_start: float = 0.0    # share of the run that trains causal next-character prediction
     permuted: bool = False       # every epoch the whole text in a new order, instead of crops
-    teachers: tuple = ()         # seeds of "the recipe" whose models' probabilities it learns too
+    teachers: tuple = ()         # seeds of models whose probabilities it learns too
+    teacher_row: str = "the recipe"  # the row that those models come from
 
 
 RECIPE = Recipe(spread=1.0, flat=1 / 16, curriculum=0.5)
@@ -133,9 +134,6 @@ ROWS = {
     "long: falls from the start at 0.005": replace(
         FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4
     ),
-    "long: falls from the start at 0.0025": replace(
-        FALLING, muon_learning_rate=0.0025, learning_rate=3.75e-4
-    ),
     "long: falls from the start at 0.005, weight decay 0.3": replace(
         FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4, weight_decay=0.3
     ),
@@ -150,6 +148,10 @@ ROWS = {
     "long: permuted epochs": replace(RECIPE, permuted=True),
     "long: student of two seeds": replace(RECIPE, teachers=(0, 1)),
     "long: student of one seed": replace(RECIPE, teachers=(1,)),
+    "long: student of that student, falls from the start at 0.005": replace(
+        FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4, teachers=(0,),
+        teacher_row="long: student of one seed",
+    ),
 }
 
 
@@ -285,7 +287,7 @@ def trained(name: str, seed: int, tokens: torch.Tensor, args: argparse.Namespace
         model, meta = load_weights(path)
         if meta == {**about, "seconds": meta["seconds"]}:
             return model, meta["seconds"]
-    teachers = [trained("the recipe", teacher, tokens, args)[0] for teacher in recipe.teachers]
+    teachers = [trained(recipe.teacher_row, other, tokens, args)[0] for other in recipe.teachers]
     torch._dynamo.reset()
     started = time.perf_counter()
     model = train(recipe, tokens, args.characters, seed, teachers)
