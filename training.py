@@ -68,6 +68,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+LONG_RUN = 10_000   # steps from which on a low rate that falls from the start is the default
+SHORT_RUN = {"muon_learning_rate": 0.02, "learning_rate": 3e-3, "decay": 0.5}  # the other default
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
 PREFIX_RATE = 0.25  # share of the sequences with a clean prefix, as sampling has one
@@ -85,8 +87,8 @@ QUICK = {"passes": 4, "windows": 64, "seed": 0}  # the same crops and masks at e
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. A run that is resumed, or starts from weights, takes that file's settings for its
-    defaults; BadInput where a flag contradicts them."""
+    """The flags. The default learning rates depend on the length of the run. A run that is resumed,
+    or starts from weights, takes that file's settings; BadInput where a flag contradicts them."""
     parser = CommandLine(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--data", type=Path, nargs="+", default=[DEFAULT_DATA], metavar="TEXT",
@@ -107,19 +109,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--diffusion-steps", type=COUNT, default=size.diffusion_steps, help="noise levels")
     add("--context-len", type=number(int, 0, 10**9), default=size.context_len,
         help="longest clean prefix of a sequence")
-    add = parser.add_argument_group("optimization").add_argument
+    short = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SHORT_RUN.items())
+    add = parser.add_argument_group("optimization", f"A run of fewer than {LONG_RUN:,} steps, or "
+        f"one by the clock, has other defaults:\n{short}").add_argument
     add("--steps", type=COUNT, default=20_000, help="optimizer steps")
     add("--max-minutes", type=number(float, above=0), help="let the learning rate follow the "
         "clock, compilation and evaluation included, and stop after so many minutes, not --steps")
     add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
     rate = number(float, above=0, most=1e37)  # so that float32 holds it
-    add("--learning-rate", type=rate, default=3e-3,
+    add("--learning-rate", type=rate, default=7.5e-4,
         help="peak for AdamW: embeddings and output head")
-    add("--muon-learning-rate", type=rate, default=0.02,
+    add("--muon-learning-rate", type=rate, default=0.005,
         help="peak for Muon: block matrices")
     add("--weight-decay", type=number(float, least=0, most=1e30), default=0.0,
         help="of the block matrices, per step and unit of learning rate")
-    add("--decay", type=number(float, least=0, most=1), default=0.5,
+    add("--decay", type=number(float, least=0, most=1), default=1.0,
         help="share of the run in which the learning rate falls to zero")
     add("--seed", type=SEED, default=1337, help="random seed")
     group = parser.add_argument_group("running")
@@ -132,15 +136,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-only", action="store_true", help="print the validation NELBO of --weights, or of "
         "the average of --teachers")
     args = parser.parse_args(argv)
+    if args.max_minutes or args.steps < LONG_RUN:
+        parser.set_defaults(**SHORT_RUN)
+    settings, source, hint = {}, "", ""
     if args.resume:
         state = Files(args.weights).state
         settings, source = read_state(state)["args"], f"the run to resume, {state},"
         hint = "; to train it further: --init"
     elif args.init:
         settings, source = read_checkpoint(args.init)["config"], f"--init {args.init}"
-        settings, hint = {name: settings[name] for name in SIZES if name in settings}, ""
-    else:
-        return args
+        settings = {name: settings[name] for name in SIZES if name in settings}
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
     for name in settings.keys() - MAY_CHANGE_ON_RESUME:

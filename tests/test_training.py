@@ -233,6 +233,18 @@ def test_learning_rate_rises_stays_and_falls():
     assert training.learning_rate_factor(1, decay=0) == 1
 
 
+@pytest.mark.parametrize("arguments, muon, adamw, decay", [
+    ([], 0.005, 7.5e-4, 1.0),
+    (["--steps", "9999"], 0.02, 3e-3, 0.5),
+    (["--max-minutes", "20"], 0.02, 3e-3, 0.5),
+    (["--muon-learning-rate", "0.02"], 0.02, 7.5e-4, 1.0),
+    (["--max-minutes", "20", "--decay", "1"], 0.02, 3e-3, 1.0),
+])
+def test_default_rates_depend_on_the_length_of_the_run(arguments, muon, adamw, decay):
+    args = training.parse_arguments(arguments)
+    assert (args.muon_learning_rate, args.learning_rate, args.decay) == (muon, adamw, decay)
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "nowhere.txt"], ["nowhere.txt"]),
     (["--batch-size", "0"], ["'0'", "at least 1"]),
