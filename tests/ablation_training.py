@@ -88,6 +88,7 @@ class Recipe:
 
 RECIPE = Recipe(spread=1.0, flat=1 / 16, curriculum=0.5)
 FALLING = replace(RECIPE, decay=1.0)
+LOW_RATE = replace(FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4)
 ROWS = {
     "baseline": Recipe(),
     "the recipe": RECIPE,
@@ -131,12 +132,8 @@ ROWS = {
     "long: falls from the start at 0.01": replace(
         FALLING, muon_learning_rate=0.01, learning_rate=1.5e-3
     ),
-    "long: falls from the start at 0.005": replace(
-        FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4
-    ),
-    "long: falls from the start at 0.005, weight decay 0.3": replace(
-        FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4, weight_decay=0.3
-    ),
+    "long: falls from the start at 0.005": LOW_RATE,
+    "long: falls from the start at 0.005, weight decay 0.3": replace(LOW_RATE, weight_decay=0.3),
     "long: batch of 32 sequences": replace(RECIPE, batch_size=32),
     "long: MLP dropout 0.05": replace(RECIPE, mlp_dropout=0.05),
     "long: MLP dropout 0.1": replace(RECIPE, mlp_dropout=0.1),
@@ -149,8 +146,7 @@ ROWS = {
     "long: student of two seeds": replace(RECIPE, teachers=(0, 1)),
     "long: student of one seed": replace(RECIPE, teachers=(1,)),
     "long: student of that student, falls from the start at 0.005": replace(
-        FALLING, muon_learning_rate=0.005, learning_rate=7.5e-4, teachers=(0,),
-        teacher_row="long: student of one seed",
+        LOW_RATE, teachers=(0,), teacher_row="long: student of one seed"
     ),
 }
 
