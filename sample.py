@@ -436,19 +436,22 @@ def write_blocks(model: DiffusionTransformer, args: argparse.Namespace) -> Itera
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     model = load_for_sampling(args.weights, pick_device(args.device))
-    bar = tqdm(unit=" calls", desc="network", disable=None, leave=False)  # None: terminals only
+    # Streamed text shows its own progress, and a bar would write over its unfinished line. Filling
+    # prints nothing until the end, so it has a bar, but only on a terminal (None)
+    streams = args.infill is None
+    bar = tqdm(unit=" calls", desc="network", disable=streams or None, leave=False)
     calls = CallCounter(bar)
     model.register_forward_hook(calls)
     started, written = time.perf_counter(), 0
     if args.infill is not None:
         texts = infill(model, args.infill, args.num_samples, sampler_config(args), args.seed)
+        bar.close()
         written = args.infill.count("_") * args.num_samples
         print(texts[0])
     else:
         texts, shown = [args.prompt] * args.num_samples, 0
         for new in write_blocks(model, args):
             texts = [text + more for text, more in zip(texts, new, strict=True)]
-            bar.clear()
             # The first sample is streamed; the others follow when it is complete
             print(texts[0][shown:], end="", flush=True)
             shown = len(texts[0])
@@ -457,7 +460,6 @@ def main(argv: list[str] | None = None) -> None:
     for i, text in enumerate(texts[1:], start=2):
         print(f"\n----- sample {i} -----\n{text}")
     seconds = max(time.perf_counter() - started, 1e-9)
-    bar.close()
     print(
         f"{written} characters in {seconds:.1f} s: {written / seconds:.0f} characters per second, "
         f"{calls.n} network calls", file=sys.stderr,

@@ -1,12 +1,16 @@
 """Small models shared by the tests."""
 
+import contextlib
 import importlib
 import itertools
 import multiprocessing
 import os
+import re
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +50,65 @@ class TableModel(torch.nn.Module):
         place = self.config.vocab_size ** torch.arange(self.config.sequence_len)
         logits = self.table[(x_t * place).sum(1)]
         return pick(logits, at)
+
+
+class Screen:
+    """A terminal of a given size on a pseudo-terminal, for what runs in this process. `text()` is
+    what a person sees of `out`, lines that scrolled away included."""
+
+    def __init__(self, rows=60, cols=100):
+        fcntl = pytest.importorskip("fcntl")  # not on Windows
+        import pty
+        import termios
+
+        self.cols = cols
+        self.master, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+        self.out = open(terminal, "w", encoding="utf-8")
+        self.received = b""
+        self.reader = threading.Thread(target=self.receive)
+        self.reader.start()
+
+    def receive(self):
+        with contextlib.suppress(OSError):  # Linux says EIO when the other end closes
+            while more := os.read(self.master, 65536):
+                self.received += more
+
+    def shown(self):
+        """Inside, the screen stands for stdout and stderr."""
+        both = contextlib.ExitStack()
+        both.enter_context(contextlib.redirect_stdout(self.out))
+        both.enter_context(contextlib.redirect_stderr(self.out))
+        return both
+
+    def text(self):
+        self.out.close()
+        self.reader.join(60)
+        os.close(self.master)
+        lines, row, col = [""], 0, 0
+        for token in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|.", self.received.decode(), re.DOTALL):
+            count = int(re.sub(r"\D", "", token) or 1) if len(token) > 1 else 0
+            if token == "\r":
+                col = 0
+            elif token == "\n":
+                row += 1
+                lines += [""] * (row == len(lines))
+            elif token[-1] in "AF" and count:
+                row, col = max(0, row - count), col if token[-1] == "A" else 0
+            elif token[-1] == "K" and count:
+                lines[row] = lines[row][:col]
+            elif len(token) == 1:
+                if col == self.cols:
+                    row, col = row + 1, 0
+                    lines += [""] * (row == len(lines))
+                lines[row] = lines[row].ljust(col)[:col] + token + lines[row][col + 1 :]
+                col += 1
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@pytest.fixture
+def screen():
+    return Screen()
 
 
 def no_space(*_):

@@ -376,6 +376,21 @@ def test_sample_separates_several_samples_and_fills_gaps(tiny_weights, command, 
     assert all(text.startswith("To ") and text.rstrip("\n").endswith(" or not") for text in texts)
 
 
+@pytest.mark.parametrize("arguments", [
+    ["--num-blocks", 3], ["--num-blocks", 2, "--num-samples", 3], ["--infill", "To be, or ___ be"],
+    ["--infill", "To ___\nor not ____", "--num-samples", 2],
+], ids=["streaming", "several samples", "infilling", "infilling twice"])
+def test_a_terminal_shows_what_a_pipe_gets(arguments, command, screen):
+    """A progress bar must not write over text, nor stand among its lines."""
+    arguments = [*arguments, "--seed", 5]
+    piped = command(sample.main, *arguments).stdout
+    with screen.shown():
+        sample.main([str(word) for word in arguments])
+    shown = screen.text()
+    assert shown.startswith("\n".join(line.rstrip() for line in piped.split("\n")))
+    assert len(piped) > 16 and "characters in" in shown.removeprefix(piped)
+
+
 def test_a_closed_pipe_ends_quietly(tiny_weights):
     process = launch("sample.py", "--weights", tiny_weights, "--block-len", 8, "--context-len", 8,
                      "--num-blocks", 100_000)
