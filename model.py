@@ -1,9 +1,8 @@
 """A masked (absorbing-state) diffusion language model over characters.
 
 Everything that defines the model is here: config, network, diffusion (forward process, objective,
-bound), characters and corpus, checkpoint. The last section, "What all scripts share", holds errors,
-the command line and the choice of a device. `training.py` fits the model, `sample.py` runs it in
-reverse.
+bound), characters and corpus, checkpoint; at the end, what all scripts share. `training.py` fits
+the model, `sample.py` runs it in reverse.
 
 Symbols, here and in the papers (MDLM, arXiv 2406.07524; MD4, arXiv 2406.04329):
 
@@ -12,6 +11,7 @@ Symbols, here and in the papers (MDLM, arXiv 2406.07524; MD4, arXiv 2406.04329):
     t               noise level, 1..diffusion_steps; the network's index is t - 1
     alpha           probability that a character is visible at level t: 1 - t / diffusion_steps
     m               number of masked characters in a sequence
+    log_p           log p(x_0 | x_t) at every position, (B, T, V)
     NELBO           negative evidence lower bound: an upper bound on -log p(x_0)
     B, T, V         batch, sequence length, vocabulary size
     C, H, D         channels, attention heads, channels per head
@@ -21,29 +21,28 @@ import argparse
 import hashlib
 import math
 import os
-import platform
+import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-# GNU OpenMP's threads spin while they wait. With more threads than cores, as when sample.py runs
-# beside training.py, they spin on cores that others need, and both crawl. Read when torch loads.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_DATA = ROOT / "data" / "tiny_shakespeare.txt"
-DEFAULT_DATA_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DEFAULT_WEIGHTS = ROOT / "weights" / "diffusion_model.pt"
-EVALUATION_LIMIT = 2_000_000  # characters; a longer text is measured on evenly spaced windows
+MAX_WINDOWS = 8192  # of the bound; a longer text is measured on that many, evenly spaced
+
+
+class BadInput(ValueError):
+    """Something that the user gave can't be used; the message is one line for them to read."""
 
 
 @dataclass
@@ -58,60 +57,39 @@ class DiffusionConfig:
     context_len: int = 16  # longest clean prefix in training
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("mask_token_id", "context_len") else 1
-            if type(value) is not int or value < least:
-                raise BadInput(f"{field.name} is {value!r}, not a whole number of at least {least}")
-        if self.n_embd % (2 * self.n_head):
-            raise BadInput(
-                f"n_embd {self.n_embd} is not a multiple of {2 * self.n_head}, twice n_head "
-                f"{self.n_head}: each head rotates its channels in pairs"
-            )
-        if not 2 <= self.vocab_size <= 256:
-            raise BadInput(f"vocab_size is {self.vocab_size}, not 2 to 256 (tokens are bytes)")
-        for name, limit in (("mask_token_id", "vocab_size"), ("context_len", "sequence_len")):
-            if getattr(self, name) >= getattr(self, limit):
-                raise BadInput(
-                    f"{name} {getattr(self, name)} is not below {limit} {getattr(self, limit)}"
-                )
+        why = ""
+        if not all(type(size) is int and 0 <= size < 2**31 for size in vars(self).values()):
+            why = "sizes are whole numbers below 2**31"
+        elif not (self.sequence_len and self.diffusion_steps and 0 < self.n_layer <= 1000):
+            why = "sequence_len and diffusion_steps are at least 1, n_layer is 1 to 1000"
+        elif not self.n_head or not self.n_embd or self.n_embd % (2 * self.n_head):
+            why = "n_embd is a multiple of twice n_head, as each head rotates channels in pairs"
+        elif not self.mask_token_id < self.vocab_size <= 256 or self.vocab_size < 2:
+            why = "vocab_size is 2 to 256, as tokens are bytes, and above mask_token_id"
+        elif self.context_len >= self.sequence_len:
+            why = "context_len is below sequence_len"
+        if why:
+            raise BadInput(f"{self}: {why}")
 
 
 # --------------------------------------------------------------------------------------------------
 # The network: nanochat's transformer block, with attention in both directions
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
+def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotary_tables(
-    length: int, head_dim: int, base: float = 10000.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(length: int, head_dim: int):
     """Cosine and sine of position times frequency, (T, D/2) each. RoFormer, arXiv 2104.09864."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device="cpu") / head_dim)
+    angle = torch.arange(length, device="cpu")[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)                                       # (B, H, T, D/2) each
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v, (B, H, K, D) for K queries: each attends to all T keys.
-
-    On a CPU as plain products: the fused kernel is slower there, its backward pass up to three
-    times."""
-    if q.device.type == "cpu":
-        return ((q * q.size(-1) ** -0.5) @ k.mT).softmax(-1) @ v    # (B, H, K, T) in between
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def pick(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
-    """x (B, T, C) at the positions `at` (B, K): (B, K, C). Without any, all of x; then K is T."""
-    return x if at is None else x.gather(1, at[..., None].expand(-1, -1, x.size(-1)))
 
 
 class Attention(nn.Module):
@@ -123,18 +101,25 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, at=None):
+    @staticmethod
+    def attend(q, k, v):
+        """softmax(q k^T / sqrt(D)) v, (B, H, T, D): every position attends to all positions.
+
+        On a CPU as plain products: the fused kernel is slower there, its backward pass up to three
+        times."""
+        if q.device.type == "cpu":
+            return ((q * q.size(-1) ** -0.5) @ k.mT).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def forward(self, x, cos, sin):
         B, T, C = x.shape
-        heads = (B, -1, self.n_head, C // self.n_head)
-        x = x.to(self.c_q.weight.dtype)  # cast once, where autocast would cast three times
-        q = self.c_q(pick(x, at)).view(heads).transpose(1, 2)       # (B, H, K, D)
+        heads = (B, T, self.n_head, C // self.n_head)
+        q = self.c_q(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
         k = self.c_k(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
         v = self.c_v(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
-        k = norm(rotate(k, cos, sin))
-        if at is not None:
-            cos, sin = cos[at][:, None], sin[at][:, None]           # (B, 1, K, D/2)
-        y = attend(norm(rotate(q, cos, sin)), k, v)                 # (B, H, K, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, -1, C))     # (B, K, C)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        y = self.attend(q, k, v)                                    # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))      # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -153,10 +138,9 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, at=None):
-        y = self.attn(norm(x), cos, sin, at)                        # (B, K, C)
-        x = pick(x, at) + y                                         # (B, K, C)
-        return x + self.mlp(norm(x))                                # (B, K, C)
+    def forward(self, x, cos, sin):
+        x = x + self.attn(norm(x), cos, sin)                        # (B, T, C)
+        return x + self.mlp(norm(x))                                # (B, T, C)
 
 
 class DiffusionTransformer(nn.Module):
@@ -174,11 +158,9 @@ class DiffusionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """token_emb, time_emb          normal, std 1
-        c_q, c_k, c_v, c_fc          normal, std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in)
-        both c_proj, output_head     zero: every block starts as the identity, and every character
-                                     is equally likely
-        """
+        """Embeddings: normal, std 1. Both c_proj and output_head: zero, so that every block starts
+        as the identity and every character is equally likely. The others: normal, with
+        std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in)."""
         for name, parameter in self.named_parameters():
             if "_emb" in name:
                 nn.init.normal_(parameter)
@@ -189,28 +171,26 @@ class DiffusionTransformer(nn.Module):
                 std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
                 nn.init.normal_(parameter, std=std)
 
-    def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, at: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits (B, T, V) at every position, from ids x_t (B, T) and noise indices t (B,), as
-        `noise_index` gives them. T may be anything up to sequence_len.
-
-        With positions `at` (B, K): logits (B, K, V) there, and the last block skips the others."""
+    def forward(self, x_t, index):
+        """log p(x_0 | x_t) at every position, (B, T, V) in float32, from ids x_t (B, T) and noise
+        indices (B,), as `noise_index` gives them. T may be anything up to sequence_len. [MASK] has
+        probability zero (MDLM's zero masking probabilities, arXiv 2406.07524, sec. 3.2.3)."""
         T = x_t.size(1)
-        cos, sin = self.cos[:T], self.sin[:T]
-        x = self.token_emb(x_t) + self.time_emb(t)[:, None]         # (B, T, C)
+        cos, sin = self.cos[:T], self.sin[:T]                       # (T, D/2) each
+        x = self.token_emb(x_t) + self.time_emb(index)[:, None]     # (B, T, C)
         x = norm(x)                                                 # (B, T, C)
-        for block in self.blocks[:-1]:
+        for block in self.blocks:
             x = block(x, cos, sin)                                  # (B, T, C)
-        x = self.blocks[-1](x, cos, sin, at)                        # (B, K, C)
-        return self.output_head(norm(x))                            # (B, K, V)
+        logits = self.output_head(norm(x)).float()                  # (B, T, V)
+        logits[..., self.config.mask_token_id] = -math.inf
+        return logits.log_softmax(-1)                               # (B, T, V)
 
 
 # --------------------------------------------------------------------------------------------------
 # The diffusion
 
 
-def noise_index(masked: torch.Tensor, diffusion_steps: int) -> torch.Tensor:
+def noise_index(masked, diffusion_steps: int):
     """The network's time index (B,) for sequences whose `masked` (B, T) positions are hidden:
     t - 1 with t = ceil(diffusion_steps * m / T), or 0 where nothing is masked. Training, evaluation
     and sampling all use this one rule, so the index always says how noisy the input is."""
@@ -218,13 +198,7 @@ def noise_index(masked: torch.Tensor, diffusion_steps: int) -> torch.Tensor:
     return ((diffusion_steps * m + T - 1) // T - 1).clamp(min=0)
 
 
-def q_sample(
-    x_0: torch.Tensor,
-    t: torch.Tensor,
-    config: DiffusionConfig,
-    generator: torch.Generator | None = None,
-    prefix_len: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def q_sample(x_0, t, config: DiffusionConfig, generator=None, prefix_len=None):
     """Forward process q(x_t | x_0) with alpha = 1 - t / diffusion_steps: each character is masked
     independently with probability 1 - alpha. MDLM, arXiv 2406.07524, eq. 3.
 
@@ -237,19 +211,9 @@ def q_sample(
     return x_0.masked_fill(masked, config.mask_token_id), masked
 
 
-def log_probs(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """log p(x_0 | x_t) per position, (B, T, V) in float32, with probability zero for [MASK]
-    (MDLM's zero masking probabilities, arXiv 2406.07524, sec. 3.2.3)."""
-    is_mask_token = torch.arange(logits.size(-1), device=logits.device) == mask_token_id
-    return logits.float().masked_fill(is_mask_token, -math.inf).log_softmax(-1)
-
-
-def masked_nll(
-    logits: torch.Tensor, x_0: torch.Tensor, masked: torch.Tensor, mask_token_id: int
-) -> torch.Tensor:
+def masked_nll(log_p, x_0, masked):
     """Mean over the masked positions of -log p(x_i | x_t), in nats per character, (B,); 0 for a row
     with nothing masked."""
-    log_p = log_probs(logits, mask_token_id)                        # (B, T, V)
     nll = -log_p.gather(-1, x_0[..., None]).squeeze(-1)             # (B, T)
     return nll.masked_fill(~masked, 0.0).sum(1) / masked.sum(1).clamp(min=1)
 
@@ -270,146 +234,90 @@ def masked_count_weights(length: int, diffusion_steps: int) -> torch.Tensor:
     return (log_binomial.exp() * m / (length * t)).sum(0)
 
 
-def nelbo_samples(
-    model: DiffusionTransformer, x_0: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def nelbo_samples(model, x_0, generator):
     """One unbiased draw of the NELBO for each row of x_0 (B, T), in nats per character, (B,).
 
     m is drawn from `masked_count_weights`, stratified over the rows, then m positions uniformly,
     with far less variance than Bernoulli masks weighted by S / t."""
-    config, (B, T), device = model.config, x_0.shape, generator.device
+    (B, T), S, device = x_0.shape, model.config.diffusion_steps, generator.device
     u = torch.rand(B, generator=generator, device=device)
     u = (u + torch.randperm(B, generator=generator, device=device)) / B
-    cdf = masked_count_weights(T, config.diffusion_steps).cumsum(0).float().to(device)
-    m = torch.searchsorted(cdf, u).clamp(max=T - 1) + 1
+    cdf = masked_count_weights(T, S).cumsum(0).float().to(device)
+    m = torch.searchsorted(cdf, u).clamp(max=T - 1) + 1             # (B,)
     nll = []
-    for x_0_part, m_part in zip(x_0.split(64), m.split(64), strict=True):
-        x_0_part = x_0_part.to(device)
-        u = torch.rand(x_0_part.shape, generator=generator, device=device)
-        rank = u.argsort(1).argsort(1)                              # of each position, 0..T-1
-        masked = rank < m_part[:, None]
-        x_t = x_0_part.masked_fill(masked, config.mask_token_id)
-        logits = model(x_t, noise_index(masked, config.diffusion_steps))
-        nll.append(masked_nll(logits, x_0_part, masked, config.mask_token_id))
+    for x_0, m in zip(x_0.to(device).split(64), m.split(64), strict=True):
+        rank = torch.rand(x_0.shape, generator=generator, device=device).argsort(1).argsort(1)
+        masked = rank < m[:, None]
+        x_t = x_0.masked_fill(masked, model.config.mask_token_id)
+        nll.append(masked_nll(model(x_t, noise_index(masked, S)), x_0, masked))
     return torch.cat(nll)
 
 
-def spaced_windows(tokens: torch.Tensor, length: int, windows: int) -> torch.Tensor:
-    """So many evenly spaced windows of a 1-D tensor, (windows, length)."""
+def spaced_windows(tokens, length: int, windows: int):
+    """So many evenly spaced windows of a 1-D tensor, (windows, length) in int64."""
     starts = torch.linspace(0, len(tokens) - length, windows, dtype=torch.float64).long()
-    return tokens.unfold(0, length, 1)[starts]
+    return tokens.unfold(0, length, 1)[starts].long()
 
 
 @torch.no_grad()
-def nelbo(
-    model: DiffusionTransformer,
-    tokens: torch.Tensor,
-    passes: int = 8,
-    seed: int = 0,
-    windows: int | None = None,
-) -> tuple[float, float]:
+def nelbo(model, tokens, passes: int = 8, seed: int = 0, windows: int = MAX_WINDOWS):
     """NELBO of a 1-D tensor of ids in nats per character, and its standard error.
 
-    The text is cut into non-overlapping windows of sequence_len, each without context; what is left
-    over is a shorter window. Where `windows` is given, or the text is longer than EVALUATION_LIMIT,
-    that many evenly spaced windows stand for it. Every pass draws fresh masks for all windows; the
-    standard error comes from the spread of the passes, so `passes` is at least 2. Divide by ln 2
-    for bits."""
-    length, device = model.config.sequence_len, next(model.parameters()).device
-    if windows is None and len(tokens) > EVALUATION_LIMIT:
-        windows = EVALUATION_LIMIT // length
-    if windows is not None:
-        batches = [spaced_windows(tokens, length, windows)]
-    else:
-        whole = len(tokens) // length * length
-        batches = [tokens[:whole].view(-1, length), tokens[whole:][None]]
-        batches = [batch for batch in batches if batch.numel()]
+    The fewest evenly spaced windows of sequence_len that cover the text, but at most `windows`, are
+    scored, each without context. Every pass draws fresh masks for all of them; the standard error
+    comes from the spread of the passes, so `passes` is at least 2. Divide by ln 2 for bits."""
+    T, device = model.config.sequence_len, next(model.parameters()).device
+    x_0 = spaced_windows(tokens, T, min(windows, math.ceil(len(tokens) / T)))
     generator = torch.Generator(device).manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    estimates = torch.zeros(passes, dtype=torch.float64)
     with autocast(device):
-        for i in range(passes):
-            for x_0 in batches:
-                nll = nelbo_samples(model, x_0, generator)
-                estimates[i] += nll.cpu().double().sum() * x_0.size(1)
-    model.train(was_training)
-    estimates /= sum(batch.numel() for batch in batches)
-    return estimates.mean().item(), (estimates.std() / math.sqrt(passes)).item()
+        draws = [nelbo_samples(model, x_0, generator).mean().item() for _ in range(passes)]
+    return statistics.mean(draws), statistics.stdev(draws) / math.sqrt(passes)
 
 
 # --------------------------------------------------------------------------------------------------
 # Characters and corpus
 
 
-def encode_text(text: str, vocab_size: int = 128, mask_token_id: int = 0) -> torch.Tensor:
-    """UTF-8 bytes of `text` as a 1-D int64 tensor. Raises BadInput for a byte that is [MASK] or not
-    below `vocab_size`, naming the character and its position: nothing is silently replaced."""
-    try:
-        raw = bytearray(text.encode("utf-8"))
-    except UnicodeEncodeError as error:  # Python's stand-in for a byte that it could not decode
-        raise BadInput(f"the text is not UTF-8 at position {error.start}") from error
-    ids = torch.frombuffer(raw, dtype=torch.uint8).long() if raw else torch.empty(0).long()
-    refused = (ids >= vocab_size) | (ids == mask_token_id)
+def encode_text(text: str, config: DiffusionConfig) -> torch.Tensor:
+    """UTF-8 bytes of `text` as a 1-D uint8 tensor of ids. Raises BadInput for a byte that is [MASK]
+    or not below vocab_size, naming the character and its position: nothing is silently replaced."""
+    raw = text.encode("utf-8", errors="surrogateescape")
+    ids = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+    refused = (ids == config.mask_token_id) | (ids > config.vocab_size - 1)
     if refused.any():
-        position = len(raw[: int(refused.int().argmax())].decode("utf-8", errors="ignore"))
-        if ord(text[position]) == mask_token_id:
-            raise BadInput(f"character {text[position]!r} at position {position} means [MASK]")
+        position = len(raw[: int(refused.int().argmax())].decode("utf-8", "surrogateescape"))
         raise BadInput(
-            f"character {text[position]!r} at position {position} is not among the model's "
-            f"{vocab_size} byte values (one trained with --vocab-size 256 takes any text)"
+            f"character {text[position]!r} at position {position} is [MASK] or not among the "
+            f"model's {config.vocab_size} byte values (one trained with --vocab-size 256 has all)"
         )
     return ids
 
 
-def decode_tokens(tokens: torch.Tensor) -> str:
+def decode_tokens(tokens) -> str:
     """The text of a 1-D tensor of ids; bytes that are no whole UTF-8 character become U+FFFD."""
     return bytes(tokens.tolist()).decode("utf-8", errors="replace")
 
 
-def read_text(path: Path) -> tuple[str, bytes]:
-    """The file's UTF-8 text without a byte order mark, and its bytes; BadInput where unreadable."""
+def read_text(path: Path | str) -> str:
+    """The UTF-8 text of a file, or of stdin for "-", without a byte order mark."""
     try:
-        if path.is_char_device() or path.is_block_device():
-            raise BadInput(f"{path}: a device, not a text file")
-        raw = path.read_bytes()
-        return raw.decode("utf-8-sig"), raw
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (byte {error.start})") from error
+        raw = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        return raw.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def load_ids(path: Path, config: DiffusionConfig) -> tuple[torch.Tensor, str]:
-    """The file's characters as a 1-D tensor of ids, and its SHA-256. Raises BadInput where it is
-    missing or empty, or has a character outside the vocabulary."""
-    path = Path(path)
-    text, raw = read_text(path)
-    sha256 = hashlib.sha256(raw).hexdigest()
-    if path.resolve() == DEFAULT_DATA and sha256 != DEFAULT_DATA_SHA256:
-        warn(f"{path} is not the published text (did Git convert its line ends?)")
-    try:
-        ids = encode_text(text, config.vocab_size, config.mask_token_id)
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
-    if not len(ids):
-        raise BadInput(f"{path}: empty")
-    return ids, sha256
-
-
-def load_corpus(path: Path, config: DiffusionConfig) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """The train split (first 90% of the characters), the validation split (the rest), and the
-    file's SHA-256. Raises BadInput as `load_ids` does, and where the file is too short for either
-    split to hold one sequence plus one character."""
-    ids, sha256 = load_ids(path, config)
-    n_train = int(0.9 * len(ids))
-    train, val = ids[:n_train], ids[n_train:]
-    if len(val) < config.sequence_len + 1:
-        raise BadInput(
-            f"{path}: {len(ids)} characters are too few; its last 10% has to hold "
-            f"sequence_len + 1 = {config.sequence_len + 1}"
-        )
-    return train, val, sha256
+def load_corpus(path: Path | str, config: DiffusionConfig):
+    """The first 90% of a text file's characters (the train split) and the rest (validation), both
+    1-D uint8, and the text's SHA-256. Raises BadInput where the file is missing, shorter than
+    twelve sequences, or has a character outside the vocabulary."""
+    text = read_text(path)
+    ids = encode_text(text, config)
+    if len(ids) < 12 * config.sequence_len:
+        raise BadInput(f"{path}: {len(ids)} characters are too few; 12 sequences of "
+                       f"{config.sequence_len} are the least")
+    train, val = ids.tensor_split([int(0.9 * len(ids))])
+    return train, val, hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,83 +325,69 @@ def load_corpus(path: Path, config: DiffusionConfig) -> tuple[torch.Tensor, torc
 
 
 @contextmanager
-def atomic_file(path: Path, mode: str = "wb", **kwargs) -> Iterator[IO]:
+def replacing(path: Path, mode: str = "wb", **kwargs) -> Iterator[IO]:
     """A temporary file beside `path`, open for writing, that is flushed to disk and renamed over it
-    in the end: a crash at any moment leaves either the old file or the new one. BadInput where the
-    disk is full."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    in the end: a crash at any moment leaves the old file or the new one. Follows links."""
+    path = Path(path).resolve()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **kwargs) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        replace(temporary, path)
-    except BaseException as error:
+        os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            why = error.strerror or error
-            raise BadInput(f"{path}: not saved ({why}); the old file is still there") from error
-        raise
 
 
-def replace(source: Path, target: Path, tries: int = 5) -> None:
-    """os.replace, tried again for a second: on Windows a virus scanner may hold the file open."""
-    for left in reversed(range(tries)):
-        try:
-            return os.replace(source, target)
-        except PermissionError:
-            if not left:
-                raise
-            time.sleep(0.2)
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and DistributedDataParallel put before it."""
+    return str(name).replace("_orig_mod.", "").removeprefix("module.")
 
 
-def save_weights(model: DiffusionTransformer, meta: dict, path: Path) -> None:
+def save_weights(model: nn.Module, meta: dict, path: Path) -> None:
     """Writes the weights as bfloat16, half the bytes; `meta` says what they score as such."""
-    state = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
-    with atomic_file(path) as file:
+    state = model.state_dict()
+    state = {plain_name(name): state[name].to("cpu", torch.bfloat16) for name in state}
+    with replacing(path) as file:
         torch.save({"model": state, "config": asdict(model.config), "meta": meta}, file)
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: Path | str) -> dict:
     """The file's dict, or BadInput if it is missing, truncated or not a checkpoint. A bare state
     dict, which is what the original project saves, gets the default config and an empty meta."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        why = error.strerror or error
-        raise BadInput(f"weights file {path}: {why} (uv run training.py makes one)") from error
     except Exception as error:  # torch raises many kinds for broken files
-        kind = type(error).__name__
-        raise BadInput(f"weights file {path}: truncated or not by torch.save ({kind})") from error
-    if isinstance(contents, dict) and "token_emb.weight" in contents:
+        why = getattr(error, "strerror", None) or f"not whole, or not by torch.save ({error!r:.40})"
+        raise BadInput(f"weights file {path}: {why}; uv run training.py makes one") from error
+    contents = contents if isinstance(contents, dict) else {}
+    if "token_emb.weight" in map(plain_name, contents):
         contents = {"model": contents, "config": asdict(DiffusionConfig()), "meta": {}}
-    if not isinstance(contents, dict) or not {"model", "config", "meta"} <= contents.keys():
+    if not all(isinstance(contents.get(part), dict) for part in ("model", "config", "meta")):
         raise BadInput(f"weights file {path}: no tiny-diffusion model (needs model, config, meta)")
     return contents
 
 
-def load_weights(
-    path: Path, device: torch.device | str = "cpu"
-) -> tuple[DiffusionTransformer, dict]:
-    """The model in float32 on `device`, in eval mode, and its meta. Names and shapes have to be
-    exactly those that the file's config asks for, or BadInput says which are not."""
+def load_weights(path: Path | str, device: torch.device | str = "cpu"):
+    """The DiffusionTransformer in float32 on `device`, in eval mode, and its meta. Raises BadInput
+    where names, shapes and numbers are not what the file's config asks for."""
     contents = read_checkpoint(path)
+    state = {plain_name(name): tensor for name, tensor in contents["model"].items()}
     try:
-        model = DiffusionTransformer(DiffusionConfig(**contents["config"]))
-        model.load_state_dict(contents["model"])
-    except (TypeError, BadInput) as error:
-        raise BadInput(f"weights file {path}: unusable ({error})") from error
-    except RuntimeError as error:  # a heading, then one line for each parameter that does not fit
-        raise BadInput(f"weights file {path}: {str(error).splitlines()[1].strip()}") from error
-    return model.to(device).eval(), contents["meta"]
+        with torch.device("meta"):  # without memory, as a damaged file may ask for any size
+            model = DiffusionTransformer(DiffusionConfig(**contents["config"]))
+        model.load_state_dict(state, assign=True)
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise BadInput("it holds numbers that are not finite")
+    except (TypeError, RuntimeError, BadInput) as error:
+        why = str(error).splitlines()[-1].strip()
+        raise BadInput(f"weights file {path}: unusable ({why})") from error
+    return model.float().to(device).eval(), contents["meta"]
 
 
 # --------------------------------------------------------------------------------------------------
 # What all scripts share
-
-
-class BadInput(ValueError):
-    """Something that the user gave can't be used; the message is one line for them to read."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -508,57 +402,43 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=HelpFormatter)
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        raise BadInput(message)
 
 
-def number(kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf):
-    """An argparse type: a finite number in the given range."""
-    limits = {"at least": least, "above": above, "at most": most}
-    wanted = " and ".join(f"{word} {x}" for word, x in limits.items() if math.isfinite(x))
+def number(kind: type, least: float, most: float = math.inf):
+    """An argparse type: a finite number from `least` to `most`."""
 
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (least <= value <= most and value > above and abs(value) < math.inf):
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {wanted}".rstrip())
-        return value
+            if least <= value <= most and value < math.inf:
+                return value
+        wanted = f"{kind.__name__} from {least:g}" + (f" to {most:g}" if most < math.inf else "")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
     return parse
 
 
-COUNT = number(int, least=1, most=10**9)
-SEED = number(int, least=0, most=2**31 - 1)
-TEMPERATURE = number(float, least=0, most=100)
-
-
-def add_device_argument(parser) -> None:
-    """--device, for a parser or a group of its arguments."""
-    parser.add_argument(
-        "--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps"
-    )
+COUNT = number(int, 1)
+SEED = number(int, 0, 2**31 - 1)
+TEMPERATURE = number(float, 0, 100)
 
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first of CUDA, Apple's MPS and the CPU that works.
     Raises BadInput for a device that is missing or can't run this build of PyTorch's kernels."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    names = [*(device for device in found if found[device]), "cpu"] if name == "auto" else [name]
-    for candidate in names:
+    for candidate in ("cuda", "mps", "cpu") if name == "auto" else (name,):
         try:
-            device = torch.device(candidate)
-            (torch.ones(1, device=device) + 1).item()
-            return device
+            (torch.ones(1, device=candidate) + 1).item()
+            return torch.device(candidate)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             why = str(error).splitlines()[0]
             if name != "auto":
                 raise BadInput(
-                    f"--device {name} can't be used ({why}); auto, cpu, cuda and mps are possible, "
-                    "as the machine and this PyTorch build allow"
+                    f"--device {name} can't be used ({why}); try auto, cpu, cuda or mps"
                 ) from error
-            warn(f"{candidate} does not work ({why}); trying the next device")
+            if candidate == "cuda" and torch.cuda.is_available():
+                warn(f"cuda does not work ({why}); trying the next device")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -575,31 +455,19 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
 
 
-def hardware(device: torch.device) -> str:
-    """The device in words, for logs and checkpoints: its name, threads and precision."""
-    precision = "bfloat16" if multiplies_bf16(device) else "float32"
-    if device.type == "cuda":
-        return f"cuda, {torch.cuda.get_device_name(device)}, {precision}"
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        name = next(names, name)
-    return f"{device.type}, {name}, {torch.get_num_threads()} threads, {precision}"
-
-
 def warn(message: str) -> None:
-    """One line on stderr, above a progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    """One line on stderr, above a progress bar if there is one. That nobody can read it any more
+    (a closed terminal, `| head`, a full disk) stops nothing."""
+    with suppress(OSError):
+        tqdm.write(message, file=sys.stderr)
 
 
 def run(main: Callable[[], None]) -> None:
     """Calls main; bad input and failing files end in one line and exit code 2, a closed pipe
-    quietly. Text in and out is UTF-8 on every platform."""
-    encodings = (sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")
-    for stream, errors in encodings:
+    quietly. What is written is UTF-8 on every platform."""
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors=errors)
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
         sys.stdout.flush()
@@ -608,12 +476,6 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError) as error:
         warn(f"error: {error}")
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not out_of_memory and "allocate memory" not in str(error):
-            raise
-        warn("error: out of memory; try fewer samples, a smaller batch or a smaller network")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

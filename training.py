@@ -6,166 +6,127 @@
     uv run training.py --resume                                  # after Ctrl-C, SIGTERM, a crash
     uv run training.py --init weights/diffusion_model.pt --data my.txt --weights weights/my.pt
     uv run training.py --eval-only                               # measure the weights
-    uv run training.py --eval-only --teachers A.pt B.pt          # several, averaged
 
-Beside the weights X.pt, a run keeps its state X.state.pt, from which --resume continues (sample.py
-reads it too), and its log X.state.csv. It writes X.pt, and X.csv with it, whenever the validation
-NELBO falls below that of every evaluation before and of the X.pt that it found there.
+The first 90% of the text are the train split; its last 40,000 characters are not learned and choose
+which weights are kept. The last 10% validate, and choose nothing. Beside the weights X.pt stand
+X.csv, the log, and until the run has ended X.state.pt, which --resume and sample.py can read.
 """
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin on busy cores
 
 import argparse
 import csv
 import ctypes
 import math
-import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-
-from model import (  # before torch, for which it sets the environment
-    COUNT,
-    DEFAULT_DATA,
-    DEFAULT_WEIGHTS,
-    EVALUATION_LIMIT,
-    SEED,
-    BadInput,
-    CommandLine,
-    DiffusionConfig,
-    DiffusionTransformer,
-    add_device_argument,
-    atomic_file,
-    autocast,
-    decode_tokens,
-    hardware,
-    load_corpus,
-    load_ids,
-    load_weights,
-    log_probs,
-    masked_nll,
-    multiplies_bf16,
-    nelbo,
-    noise_index,
-    number,
-    pick_device,
-    q_sample,
-    read_checkpoint,
-    run,
-    save_weights,
-    spaced_windows,
-    warn,
-)
-from sample import denoise, row_generators, top_k
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-LONG_RUN = 10_000   # steps from which on a low rate that falls from the start is the default
-SHORT_RUN = {"muon_learning_rate": 0.02, "learning_rate": 3e-3, "decay": 0.5}  # the other default
+from model import (
+    COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, BadInput, CommandLine, DiffusionConfig,
+    DiffusionTransformer, autocast, decode_tokens, load_corpus, load_weights, masked_nll,
+    multiplies_bf16, nelbo, noise_index, number, pick_device, q_sample, read_checkpoint, replacing,
+    run, save_weights, warn,
+)
+from sample import denoise, dilated
+
+LONG_RUN = 10_000   # steps from which on a lower rate that falls from the start is the default
+ADAMW_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
 PREFIX_RATE = 0.25  # share of the sequences with a clean prefix, as sampling has one
 SPREAD = 1.0        # width in logits of the bell from which t is drawn (tests/ablations.md)
 LATE_SPREAD = 1.7   # the same after --init: nearly flat, as the bound weighs all levels alike
 FLAT_RATE = 1 / 16  # share of the sequences with t from a flat distribution, or t = 1 never comes
-OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it
-TEACHER_SHARE = 0.5  # of the loss, where there are teachers; the rest is the text's
-AGREE_INTERVAL = 10  # steps between two agreements among processes on the clock and on stopping
-LOG_INTERVAL = 20   # steps between two looks at the loss on a GPU, which it has to wait for
-SIZES = [f.name for f in fields(DiffusionConfig) if f.name != "mask_token_id"]  # have a flag each
-NOT_SETTINGS = {"data", "weights", "device", "resume", "eval_only"}
-MAY_CHANGE_ON_RESUME = {"compile", "eval_interval"}
+OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it:
+                    # at first many visible neighbours teach the most. Not after --init
+TEACHER_SHARE = 0.5  # of the loss, where there is a teacher; the rest is the text's
+HELD_OUT = 40_000   # characters at the end of the train split (a tenth of a short one)
 QUICK = {"passes": 4, "windows": 64, "seed": 0}  # the same crops and masks at every evaluation
+SIZES = {
+    "sequence_len": "characters per sequence", "n_layer": "transformer blocks",
+    "vocab_size": "byte values: 128 is ASCII, 256 any UTF-8 text", "n_head": "attention heads",
+    "n_embd": "channels", "diffusion_steps": "noise levels",
+    "context_len": "longest clean prefix of a sequence",
+}
+NOT_SETTINGS = {"weights", "device", "resume", "eval_only"}  # of a run: they may differ on resume
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. The default learning rates depend on the length of the run. A run that is resumed,
-    or starts from weights, takes that file's settings; BadInput where a flag contradicts them."""
+    """The flags. --resume takes the settings of the saved run, --init the sizes of its file;
+    BadInput where a flag contradicts them."""
     parser = CommandLine(__doc__)
-    add = parser.add_argument_group("files").add_argument
-    add("--data", type=Path, nargs="+", default=[DEFAULT_DATA], metavar="TEXT",
-        help="text to learn, whose last 10%% validates; any further texts are only learned")
-    add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write (or to measure)")
-    add("--init", metavar="WEIGHTS", help="start from these weights instead of random "
-        "ones, with fresh optimizers; the log continues theirs")
-    add("--teachers", nargs="+", metavar="WEIGHTS", help="learn from these models' "
-        "probabilities too (distillation)")
-    add = parser.add_argument_group("network and diffusion").add_argument
-    size = DiffusionConfig()
-    add("--sequence-len", type=COUNT, default=size.sequence_len, help="characters per sequence")
-    add("--vocab-size", type=COUNT, default=size.vocab_size,
-        help="byte values: 128 is ASCII, 256 any UTF-8 text")
-    add("--n-layer", type=number(int, 1, 1000), default=size.n_layer, help="transformer blocks")
-    add("--n-head", type=COUNT, default=size.n_head, help="attention heads")
-    add("--n-embd", type=COUNT, default=size.n_embd, help="channels")
-    add("--diffusion-steps", type=COUNT, default=size.diffusion_steps, help="noise levels")
-    add("--context-len", type=number(int, 0, 10**9), default=size.context_len,
-        help="longest clean prefix of a sequence")
-    short = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SHORT_RUN.items())
-    add = parser.add_argument_group("optimization", f"A run of fewer than {LONG_RUN:,} steps, or "
-        f"one by the clock, has other defaults:\n{short}").add_argument
-    add("--steps", type=COUNT, default=20_000, help="optimizer steps")
-    add("--max-minutes", type=number(float, above=0), help="let the learning rate follow the "
-        "clock, compilation and evaluation included, and stop after so many minutes, not --steps")
-    add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
-    rate = number(float, above=0, most=1e37)  # so that float32 holds it
-    add("--learning-rate", type=rate, default=7.5e-4,
-        help="peak for AdamW: embeddings and output head")
-    add("--muon-learning-rate", type=rate, default=0.005,
-        help="peak for Muon: block matrices")
-    add("--weight-decay", type=number(float, least=0, most=1e30), default=0.0,
-        help="of the block matrices, per step and unit of learning rate")
-    add("--decay", type=number(float, least=0, most=1), default=1.0,
-        help="share of the run in which the learning rate falls to zero")
-    add("--seed", type=SEED, default=1337, help="random seed")
-    group = parser.add_argument_group("running")
-    add = group.add_argument
-    add("--eval-interval", type=COUNT, default=250, help="steps between evaluations and saves")
-    add_device_argument(group)
-    add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile, which pays "
-        "off after a minute (default: except on MPS)")
+    files = parser.add_argument_group("files")
+    add = files.add_argument
+    add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write, X.pt")
+    add("--data", nargs="+", default=[str(DEFAULT_DATA)], metavar="TEXT",
+        help="text to learn; any further texts are only learned")
+    add("--teachers", nargs="+", default=[], metavar="WEIGHTS",
+        help="learn these models' probabilities too, one model a step")
+    add = files.add_mutually_exclusive_group().add_argument
+    add("--init", metavar="WEIGHTS", help="start from these weights")
     add("--resume", action="store_true", help="continue X.state.pt with the settings of that run")
-    add("--eval-only", action="store_true", help="print the validation NELBO of --weights, or of "
-        "the average of --teachers")
+    add("--eval-only", action="store_true", help="print the validation bound of X.pt")
+    add = parser.add_argument_group("network and diffusion").add_argument
+    for size, what in SIZES.items():
+        add(flag(size), type=int, default=getattr(DiffusionConfig, size), help=what)
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=COUNT, default=20_000, help="optimizer steps")
+    add("--max-minutes", type=number(float, 1e-3), help="length by the clock, not by --steps, with "
+        "compilation and evaluation")
+    add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
+    add("--learning-rate", type=number(float, 1e-12), help="peak for the block matrices (default: "
+        "0.005, or 0.02 by the clock and in less than 10,000 steps)")
+    add("--decay", type=number(float, 0, 1), help="share of the run in which the learning rate "
+        "falls to zero (default: 1, or 0.5 likewise)")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="of the block matrices")
+    add("--seed", type=SEED, default=1337, help="random seed")
+    add = parser.add_argument_group("running").add_argument
+    add("--eval-interval", type=COUNT, help="steps between saves (default: 250; on a GPU 1000)")
+    add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
+    add("--no-compile", action="store_true", help="without torch.compile, which takes a minute")
     args = parser.parse_args(argv)
-    if args.max_minutes or args.steps < LONG_RUN:
-        parser.set_defaults(**SHORT_RUN)
-    settings, source, hint = {}, "", ""
+    saved, source = {}, args.init
     if args.resume:
-        state = Files(args.weights).state
-        settings, source = read_state(state)["args"], f"the run to resume, {state},"
-        hint = "; to train it further: --init"
-    elif args.init:
-        settings, source = read_checkpoint(args.init)["config"], f"--init {args.init}"
-        settings = {name: settings[name] for name in SIZES if name in settings}
-    parser.set_defaults(**settings)
-    args = parser.parse_args(argv)
-    for name in settings.keys() - MAY_CHANGE_ON_RESUME:
-        value = getattr(args, name)
-        if value != settings[name]:
-            flag = name.replace("_", "-")
-            raise BadInput(f"--{flag} {value}: {source} has {settings[name]}{hint}")
+        source = beside(args.weights, ".state.pt")
+        saved = read_state(source)["args"]
+    elif source is not None:
+        saved = {n: x for n, x in read_checkpoint(source)["config"].items() if n in SIZES}
+    args = parser.parse_args(argv, argparse.Namespace(**saved))  # sets only what was given
+    for name in saved.keys() - {"no_compile", "eval_interval"}:
+        if getattr(args, name) != saved[name]:
+            raise BadInput(f"{flag(name)} {getattr(args, name)}: {source} has {saved[name]}")
+    long = args.steps >= LONG_RUN and not args.max_minutes
+    args.learning_rate = args.learning_rate or (0.005 if long else 0.02)
+    args.decay = (1.0 if long else 0.5) if args.decay is None else args.decay
     return args
 
 
-def size_config(args: argparse.Namespace) -> DiffusionConfig:
-    """The network and diffusion that the flags ask for."""
-    return DiffusionConfig(**{name: getattr(args, name) for name in SIZES})
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 # --------------------------------------------------------------------------------------------------
 # Optimizers
 
 
-def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrices, dtype: torch.dtype, steps: int = 5):
     """Roughly the nearest semi-orthogonal matrices: Newton-Schulz iteration moves the singular
     values of (N, rows, columns) to about 1. Coefficients: kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -207,18 +168,15 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
 
 
-def make_optimizers(
-    model: DiffusionTransformer, args: argparse.Namespace
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model, learning_rate: float, weight_decay: float = 0.0):
     """nanochat's split: Muon for the matrices of the blocks, AdamW for embeddings and output head.
     Every group remembers its peak learning rate."""
     matrices = list(model.blocks.parameters())
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     optimizers = [
-        Muon(matrices, args.muon_learning_rate, args.weight_decay),
-        torch.optim.AdamW(
-            others, args.learning_rate, (0.9, 0.95), weight_decay=0.0, fused=others[0].is_cuda
-        ),
+        Muon(matrices, learning_rate, weight_decay),
+        torch.optim.AdamW(others, ADAMW_SHARE * learning_rate, (0.9, 0.95), weight_decay=0.0,
+                          fused=others[0].is_cuda),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -232,7 +190,7 @@ def learning_rate_factor(progress: float, decay: float) -> float:
     return max(0.0, min(1.0, progress / WARMUP, fall))
 
 
-def update(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+def update(model, optimizers, factor: float) -> None:
     """Clips the gradient and takes a step at `factor` times the peak learning rates."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
     for optimizer in optimizers:
@@ -243,22 +201,15 @@ def update(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], fact
 
 
 # --------------------------------------------------------------------------------------------------
-# The batch
+# The batch and its loss
 
 
-def draw_batch(
-    train: torch.Tensor,
-    config: DiffusionConfig,
-    batch_size: int,
-    generator: torch.Generator,
-    spread: float = SPREAD,
-    opened: float = 1.0,
-) -> tuple[torch.Tensor, ...]:
+def draw_batch(text, config, batch_size: int, generator, spread: float = SPREAD, opened=1.0):
     """The batch of a step over all processes: x_0, x_t and masked (B, T), noise indices and loss
-    weights (B,), on the device of `train` and `generator`. t / S is below `opened`."""
-    B, T, device = batch_size, config.sequence_len, train.device
-    starts = torch.randint(len(train) - T + 1, (B,), generator=generator, device=device)
-    x_0 = train[starts[:, None] + torch.arange(T, device=device)]
+    weights (B,), on the device of `text` and `generator`. t / S is below `opened`."""
+    B, T, device = batch_size, config.sequence_len, text.device
+    starts = torch.randint(len(text) - T + 1, (B,), generator=generator, device=device)
+    x_0 = text[starts[:, None] + torch.arange(T, device=device)].long()
     # t / S follows a logit-normal bell around 1/2, where a sequence has both something to read and
     # something to predict (arXiv 2605.13026), stratified: one draw from each of B equal shares
     strata = torch.randperm(B, generator=generator, device=device)
@@ -277,234 +228,55 @@ def draw_batch(
     return x_0, x_t, masked, noise_index(masked, config.diffusion_steps), weight
 
 
-def noise_schedule(progress: float, init: str | None) -> tuple[float, float]:
-    """Width of the bell, and how far the range of t is open. At first t is low, because many
-    visible neighbours teach the most; weights that --init names have that behind them."""
-    if init:
-        return LATE_SPREAD, 1.0
-    return SPREAD, min(1.0, 0.4 + 0.6 * progress / OPENING)
-
-
-# --------------------------------------------------------------------------------------------------
-# Teachers
-
-
-def load_teachers(
-    paths: list[str], config: DiffusionConfig, device: torch.device
-) -> list[DiffusionTransformer]:
-    """Models whose probabilities the network learns; they may differ from it in size alone."""
-    teachers = [load_weights(path, device)[0] for path in paths]
-    for path, teacher in zip(paths, teachers, strict=True):
-        for name in ("sequence_len", "vocab_size", "mask_token_id", "diffusion_steps"):
-            theirs, ours = getattr(teacher.config, name), getattr(config, name)
-            if theirs != ours:
-                raise BadInput(f"--teachers {path}: its {name} is {theirs}, this run's is {ours}")
-    return teachers
-
-
-def average(log_p: list[torch.Tensor]) -> torch.Tensor:
-    """The logarithm of the mean of the probabilities whose logarithms are given."""
-    return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))
-
-
-class Ensemble(torch.nn.Module):
-    """Several models as one that averages their probabilities."""
-
-    def __init__(self, models: list[DiffusionTransformer]):
-        super().__init__()
-        self.models, self.config = torch.nn.ModuleList(models), models[0].config
-
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        log_p = [log_probs(model(x_t, t), self.config.mask_token_id) for model in self.models]
-        return average(log_p)                                       # (B, T, V)
-
-
-@torch.no_grad()
-def ask(teachers: list[DiffusionTransformer], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """log p(x_0 | x_t), (B, T, V), each sequence judged by one teacher. Cross-entropy is linear in
-    its target, so in expectation that equals the teachers' average, at the cost of one."""
-    n, log_p = len(teachers), []
-    with autocast(x_t.device):
-        for teacher, x, index in zip(teachers, x_t.tensor_split(n), t.tensor_split(n), strict=True):
-            log_p.append(log_probs(teacher(x, index), teacher.config.mask_token_id))
-    return torch.cat(log_p)
-
-
-def teacher_nll(
-    logits: torch.Tensor, log_q: torch.Tensor, masked: torch.Tensor, mask_token_id: int
-) -> torch.Tensor:
+def distilled_nll(log_p, log_q, masked):
     """Mean over the masked positions of the cross-entropy -sum_v q(v) log p(v | x_t) with the
-    teachers' q, in nats per character, (B,)."""
-    log_p = log_probs(logits, mask_token_id)
-    terms = (log_q.exp() * log_p).masked_fill(log_q == -math.inf, 0.0)          # (B, T, V)
+    teacher's q, in nats per character, (B,)."""
+    terms = torch.where(log_q > -math.inf, log_q.exp() * log_p, 0.0)            # (B, T, V)
     return -terms.sum(-1).masked_fill(~masked, 0.0).sum(1) / masked.sum(1).clamp(min=1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
-
-
-@dataclass
-class RunState:
-    """What a run has to remember besides its tensors; saved and restored as a whole."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best: float = math.inf    # validation NELBO that the weights file has to beat
-    wrote: bool = False       # whether this run has written it
-    finished: bool = False
-    log: list[dict] = field(default_factory=list)
-    started_from: dict = field(default_factory=dict)  # meta of the weights that --init named
-
-
-class Files:
-    """The files of a run, and who may write them."""
-
-    def __init__(self, weights: Path):
-        stem = weights.name.removesuffix(".pt")  # no other dot ends a name: run0.01, run0.03
-        self.weights, self.log = weights, weights.with_name(f"{stem}.csv")
-        self.state = weights.with_name(f"{stem}.state.pt")
-        self.state_log = weights.with_name(f"{stem}.state.csv")
-        self.seen = self.stamp()
-
-    def stamp(self) -> tuple | None:
-        """Changes when the weights file is replaced."""
-        if not self.weights.exists():
-            return None
-        stat = self.weights.stat()
-        return stat.st_mtime_ns, stat.st_ino, stat.st_size
-
-    def check(self, args: argparse.Namespace, n_bytes: int) -> None:
-        """Raises BadInput, before the work starts, for what would fail later or cost a file."""
-        for path in (self.weights, self.state, self.log, self.state_log):
-            read = [*args.data, *(args.teachers or []), *([args.init] * (path != self.weights))]
-            for other in map(Path, filter(None, read)):
-                if path.exists() and other.exists() and path.samefile(other):
-                    raise BadInput(f"{path}: the run reads it, so can't write it; change --weights")
-            if path.exists() and not self.is_ours(path):
-                raise BadInput(f"{path}: not from a training run, so it stays; change --weights")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-                probe.touch()
-                probe.unlink()
-                if path.exists():
-                    open(path, "ab").close()
-            except OSError as error:
-                raise BadInput(f"{path}: cannot be written ({error.strerror})") from error
-        if self.state.exists() and not args.resume:
-            earlier = RunState(**read_state(self.state)["run"])
-            if not earlier.finished:
-                raise BadInput(
-                    f"{self.state} is an unfinished run, at step {earlier.step}: continue it with "
-                    "--resume, delete it, or choose another --weights"
-                )
-        free = shutil.disk_usage(self.weights.parent).free
-        if free < n_bytes:
-            raise BadInput(
-                f"{self.weights.parent}: a run needs {n_bytes >> 20} MiB, {free >> 20} are free"
-            )
-
-    def is_ours(self, path: Path) -> bool:
-        if not path.is_file():
-            return False
-        if path in (self.log, self.state_log):
-            return path.read_bytes()[:20].startswith(b"step,characters_seen")
-        return ("optimizers" in read_checkpoint(path)) == (path == self.state)
-
-    def incumbent(self, config, corpus_sha256, val, device) -> float:
-        """Validation NELBO of the weights that are there, infinite if there are none. Raises
-        BadInput for weights that can't be compared, which are never replaced."""
-        self.seen = self.stamp()
-        if self.seen is None:
-            return math.inf
-        model, meta = load_weights(self.weights, device)
-        if meta.get("corpus_sha256", corpus_sha256) != corpus_sha256:
-            raise BadInput(f"{self.weights} learned another text; choose another --weights")
-        if model.config.vocab_size != config.vocab_size:
-            raise BadInput(
-                f"{self.weights} has vocab_size {model.config.vocab_size}, this run "
-                f"{config.vocab_size}; choose another --weights"
-            )
-        best, _ = nelbo(model, val, **QUICK)
-        warn(f"{self.weights} has a NELBO of {best:.4f}; only a lower one replaces it")
-        return best
-
-
-def write_log(rows: list[dict], path: Path) -> None:
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[-1])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_log(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def read_state(path: Path) -> dict:
-    """The saved state of a run, or BadInput."""
-    contents = read_checkpoint(path)
-    if not {"optimizers", "run"} <= contents.keys():
-        raise BadInput(f"{path}: weights alone, or an older version's run, so nothing to resume")
-    return contents
+def batch_loss(network, batch, teacher=None):
+    """The loss of a batch as `draw_batch` gives it, or of some of its rows. A teacher judges the
+    same x_t, and its probabilities are learned beside the text."""
+    x_0, x_t, masked, index, weight = batch
+    with autocast(x_t.device):
+        log_p = network(x_t, index)                                 # (B, T, V)
+        if teacher:
+            with torch.no_grad():
+                log_q = teacher(x_t, index)                         # (B, T, V)
+    nll = masked_nll(log_p, x_0, masked)                            # (B,)
+    if teacher:
+        soft = distilled_nll(log_p, log_q, masked)                  # (B,)
+        nll = TEACHER_SHARE * soft + (1 - TEACHER_SHARE) * nll
+    return (nll * weight).sum()
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes, signals, machines
+# Processes, signals, compilation
 
 
 def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device. torchrun says in the environment how many it starts."""
+    """Rank, number of processes, device. There are several processes only where the environment
+    holds all that torchrun sets; a platform may set some of it for purposes of its own."""
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    rank, world, local, *master = (os.environ.get(name, "") for name in names)
+    if not all(master) or not all(word.isdecimal() for word in (rank, world, local)):
+        return 0, 1, pick_device(args.device)
+    rank, world, device = int(rank), int(world), args.device
     if args.batch_size % world:
         raise BadInput(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
-    if world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        local, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= n_gpus:
-            raise BadInput(f"--nproc_per_node asks for more processes than the {n_gpus} GPUs here")
-        torch.cuda.set_device(local)  # first, or every process would open a context on GPU 0
-    device = pick_device(args.device)
-    if world > 1 and device.type == "mps":
-        raise BadInput("--device mps: torchrun needs cpu or cuda, MPS can't exchange gradients")
-    if world > 1:
-        # The others wait while the leader evaluates, so the limit is generous; a process that dies
-        # closes its connections and is noticed at once
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(local))  # first, or every process opens a context on GPU 0
+    elif device == "auto":
+        device = "cpu"  # MPS can't exchange gradients
+    device = pick_device(device)
+    # The others wait while the leader evaluates, so the limit is generous; a process that dies
+    # closes its connections and is noticed at once
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
     return rank, world, device
-
-
-def agree(progress: float, stopping: bool, device: torch.device) -> tuple[float, bool]:
-    """The largest progress of any process, and whether any is to stop."""
-    if dist.is_initialized():
-        shared = torch.tensor([progress, float(stopping)], device=device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        progress, stopping = shared[0].item(), bool(shared[1].item())
-    return progress, stopping
-
-
-class StopSignal:
-    """The first SIGINT or SIGTERM asks the loop to stop after its step, a later one ends the
-    process. torchrun passes Ctrl-C on, so it comes twice: what follows within a second is one."""
-
-    def __init__(self):
-        self.received = None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self)
-
-    def __call__(self, signum, frame):
-        if self.received is None:
-            self.received = time.perf_counter()
-            if os.environ.get("RANK", "0") == "0":
-                warn("stopping after this step (Ctrl-C again ends at once)")
-        elif time.perf_counter() - self.received > 1:
-            raise KeyboardInterrupt
 
 
 def keep_freed_memory() -> None:
@@ -517,291 +289,318 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def compiled(model: DiffusionTransformer, batch_size: int, device: torch.device):
-    """torch.compile, tried on one batch; where that fails, a warning and the eager model."""
-    x_t = torch.zeros(batch_size, model.config.sequence_len, dtype=torch.long, device=device)
-    # Contiguous like the loop's noise indices: another stride would compile the network again
-    t = x_t[:, 0].contiguous()
+def agree(progress: float, signum: int, device: torch.device) -> tuple[float, int]:
+    """The largest progress of any process, and the signal that stops one of them, or 0."""
+    if dist.is_initialized():
+        shared = torch.tensor([progress, signum], dtype=torch.float64, device=device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        progress, signum = shared[0].item(), int(shared[1].item())
+    return progress, signum
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT, SIGTERM and SIGHUP only add their number to the list, unless they were
+    ignored before (nohup). Python lets no thread but the main one do that."""
+    received, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        known = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+        before = {s: signal.getsignal(s) for s in known if signal.getsignal(s) != signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, lambda number, frame: received.append(number))
     try:
-        network = torch.compile(model)
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def compiled(model, batch_size: int):
+    """The model under torch.compile, tried on one batch; where that fails, a warning and the eager
+    model. g++ 12 removes live stores from Inductor's CPU code, which makes gradients silently
+    wrong, so it is told not to."""
+    gcc = {"cpp.cxx": (None, f"{os.environ.get('CXX', 'g++')} -fno-dse")}
+    network = torch.compile(model, options=gcc if sys.platform == "linux" else None)
+    device = next(model.parameters()).device
+    x_t = torch.zeros(batch_size, model.config.sequence_len, dtype=torch.long, device=device)
+    try:
         with autocast(device):
-            network(x_t, t).sum().backward()
-        model.zero_grad()
-        return network
+            network(x_t, x_t[:, 0].contiguous())[..., 1].sum().backward()
     except Exception as error:  # no compiler, a broken one, no support: torch raises many kinds
-        warn(f"torch.compile failed, continuing without it ({type(error).__name__})")
-        return model
+        why = str(error).strip().splitlines()[0]
+        warn(f"torch.compile failed, continuing without it ({type(error).__name__}: {why})")
+        network = model
+    model.zero_grad()
+    return network
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def beside(weights: Path, ending: str) -> Path:
+    """The run's file with that ending: X.csv or X.state.pt beside X.pt."""
+    return weights.with_name(weights.name.removesuffix(".pt") + ending)
+
+
+def claim_files(args: argparse.Namespace, config, sha256: str, val, device) -> float:
+    """Creates the state of a new run, which refuses a second one. Returns the quick validation
+    bound of the weights that are there, which the run has to beat, or infinity. Raises BadInput
+    for files that no run has written, and for weights of another text or vocabulary."""
+    weights, state = args.weights, beside(args.weights, ".state.pt")
+    log, model = beside(weights, ".csv"), None
+    if weights.suffix != ".pt" or weights.is_dir():
+        raise BadInput(f"--weights {weights}: has to be the name of a file that ends in .pt")
+    if log.exists() and not log.read_bytes().startswith(b"step,"):
+        raise BadInput(f"{log}: not the log of a training run, so it stays; change --weights")
+    if weights.exists():
+        model, meta = load_weights(weights, device)
+        theirs = meta.get("corpus_sha256", sha256), model.config.vocab_size
+        if theirs != (sha256, config.vocab_size):
+            raise BadInput(f"{weights} learned another text, or has vocab_size {theirs[1]} and not "
+                           f"{config.vocab_size}; choose another --weights")
+    try:
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        state.touch(exist_ok=False)
+    except FileExistsError as error:
+        raise BadInput(f"{state} holds a run: --resume continues it, or delete it") from error
+    mark = nelbo(model, val, **QUICK)[0] if model else math.inf
+    if model:
+        warn(f"{weights} has a quick validation bound of {mark:.4f}; only a lower one replaces it")
+    return mark
+
+
+def tried(save, *arguments) -> bool:
+    """Whether a save went well. One that fails, as on a full disk, ends no run: the next one tries
+    again."""
+    try:
+        save(*arguments)
+        return True
+    except OSError as error:
+        warn(f"not saved, the next save tries again: {error}")
+        return False
+
+
+def save_kept(model, meta: dict, path: Path) -> None:
+    """The weights, and the log beside them."""
+    save_weights(model, meta, path)
+    with replacing(beside(path, ".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, meta["log"][-1])
+        writer.writeheader()
+        writer.writerows(meta["log"])
+
+
+def save_state(args, about: dict, model, optimizers, generator, run: dict) -> None:
+    """The state from which --resume continues."""
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    contents = {
+        "model": model.state_dict(), "config": asdict(model.config), "meta": about,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "generator": generator.get_state(), "args": settings, "run": run,
+    }
+    with replacing(beside(args.weights, ".state.pt")) as file:
+        torch.save(contents, file)
+
+
+def read_state(path: Path) -> dict:
+    """The saved state of a run, or BadInput."""
+    contents = read_checkpoint(path)
+    if not {"optimizers", "run", "args"} <= contents.keys():
+        raise BadInput(f"{path}: weights alone, so there is nothing to resume")
+    return contents
 
 
 # --------------------------------------------------------------------------------------------------
 # The run
 
 
-def evaluate_only(args: argparse.Namespace) -> None:
-    device = pick_device(args.device)
-    if args.teachers:
-        model, meta = Ensemble(load_teachers(args.teachers, size_config(args), device)), {}
-    else:
-        model, meta = load_weights(args.weights, device)
-    _, val, corpus_sha256 = load_corpus(args.data[0], model.config)
-    if meta.get("corpus_sha256", corpus_sha256) != corpus_sha256:
-        warn("note: the weights learned another text than --data")
-    mean, error = nelbo(model, val)
-    print(
-        f"validation NELBO {mean:.4f} +- {error:.4f} nats per character "
-        f"({mean / math.log(2):.4f} bits), {min(len(val), EVALUATION_LIMIT)} of {len(val)} "
-        f"characters, {hardware(device)}"
-    )
-
-
-def measure(model, train, val, state: RunState, batch_size: int) -> dict:
-    """A row of the log."""
-    characters = state.step * batch_size * model.config.sequence_len
-    train_nelbo, _ = nelbo(model, train, **QUICK)
-    val_nelbo, val_error = nelbo(model, val, **QUICK)
-    earlier = state.started_from
-    return {
-        "step": state.step,
-        "characters_seen": earlier.get("characters_seen", 0) + characters,
-        "seconds": earlier.get("seconds", 0) + round(state.seconds),
-        "train_nelbo": train_nelbo, "val_nelbo": val_nelbo, "val_nelbo_error": val_error,
+def evaluate(args, about: dict, model, run: dict, splits: dict) -> None:
+    """Adds the quick bounds of all splits to the log; keeps the weights if they are the best of the
+    run on the held-out split and beat those that were there; shows the bounds and some text."""
+    bounds = {name: nelbo(model, ids, **QUICK) for name, ids in splits.items()}
+    row = {
+        "step": run["step"], "seconds": round(run["seconds"]),
+        "characters_seen": run["step"] * args.batch_size * args.sequence_len,
+        **{f"{name}_nelbo": mean for name, (mean, _) in bounds.items()},
+        "val_nelbo_error": bounds["val"][1],
     }
+    run["log"].append(row)
+    if row["held_nelbo"] < run["best"] and row["val_nelbo"] < run["mark"]:
+        if tried(save_kept, model, {**about, **row, "log": run["log"]}, args.weights):
+            run["best"] = row["held_nelbo"]
+    device = next(model.parameters()).device
+    blank = torch.full((1, args.sequence_len), model.config.mask_token_id, device=device)
+    rule, generator = partial(dilated, turns=32), torch.Generator().manual_seed(args.seed)
+    *_, x = denoise(model, blank, rule, 1.0, generator)
+    figures = ", ".join(f"{name} {mean:.4f}" for name, (mean, _) in bounds.items())
+    warn(f"\nstep {run['step']}, {run['seconds'] / 60:.1f} min, NELBO in nats per character: "
+         f"{figures}\n{decode_tokens(x[0])}\n")
 
 
-def show_progress(model, state: RunState, seed: int) -> None:
-    """The figures of the last evaluation, and a window of text."""
-    row, T, mask_token_id = state.log[-1], model.config.sequence_len, model.config.mask_token_id
-    blank = torch.full((1, T), mask_token_id, device=next(model.parameters()).device)
-    *_, x = denoise(model, blank, partial(top_k, k=2), 0.8, row_generators(seed, 1))
-    warn(
-        f"\nstep {state.step}, {state.seconds / 60:.1f} min: NELBO train {row['train_nelbo']:.4f}, "
-        f"validation {row['val_nelbo']:.4f} +- {row['val_nelbo_error']:.4f} nats per character\n"
-        f"{decode_tokens(x[0])}\n"
-    )
+def finish(args, val, device: torch.device, run: dict) -> None:
+    """The full bound of what the run wrote, into the file and onto the screen."""
+    state = beside(args.weights, ".state.pt")
+    if run["best"] == math.inf:
+        print(f"{args.weights} was better and stays; this run's model: "
+              f"uv run sample.py --weights {state}")
+        return
+    model, meta = load_weights(args.weights, device)
+    meta["val_nelbo"], meta["val_nelbo_error"] = nelbo(model, val)
+    save_kept(model, {**meta, "log": run["log"]}, args.weights)
+    state.unlink()
+    print(f"{args.weights}: validation NELBO {meta['val_nelbo']:.4f} +- "
+          f"{meta['val_nelbo_error']:.4f} nats per character")
 
 
-def check_finite(losses: list[torch.Tensor], state: RunState, files: Files) -> float | None:
-    """The last of the losses of the latest steps, if any. BadInput where one is not finite."""
-    values = [loss.item() for loss in losses]
-    for step, value in enumerate(values, start=state.step - len(values)):
-        if not math.isfinite(value):
-            kept = f"{files.state} is the last save" if files.state.exists() else "nothing is saved"
-            raise BadInput(f"the loss at step {step} is {value}: stopped; {kept}. A lower "
-                           "--muon-learning-rate or --learning-rate may help")
-    return values[-1] if values else None
-
-
-def load_further_texts(
-    paths: list[Path], val: torch.Tensor, config: DiffusionConfig
-) -> list[tuple[torch.Tensor, str]]:
-    """Ids and SHA-256 of each. BadInput for one that holds any of 64 evenly spaced passages of the
-    validation split: a model that has read those can't be validated on them."""
-    passages = [bytes(ids) for ids in spaced_windows(val, min(256, len(val)), 64).tolist()]
-    texts = [load_ids(path, config) for path in paths]
-    for path, (ids, _) in zip(paths, texts, strict=True):
-        text = ids.to(torch.uint8).numpy().tobytes()
-        if any(passage in text for passage in passages):
-            raise BadInput(f"--data {path}: holds text of the last 10% of the first, which "
-                           "validates and must not be learned")
-    return texts
-
-
-def start_run(
-    args: argparse.Namespace, config: DiffusionConfig, texts: dict, device: torch.device
-) -> tuple[DiffusionTransformer, list[torch.optim.Optimizer], torch.Generator, RunState]:
-    """Everything that a run changes as it goes: resumed, from given weights, or fresh."""
+def start_run(args, config, texts: list[str], device: torch.device):
+    """All that a run changes as it goes, fresh or from --init or the saved state: model,
+    optimizers, generator, and what it has to remember."""
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     model = DiffusionTransformer(config).to(device)
-    optimizers = make_optimizers(model, args)
+    if args.init:
+        model.load_state_dict(load_weights(args.init, device)[0].state_dict())
+    optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
+    run = {"step": 0, "seconds": 0.0, "best": math.inf, "mark": math.inf, "log": []}
     if args.resume:
-        path = Files(args.weights).state
-        saved = read_state(path)
-        if texts != {name: saved["meta"].get(name, []) for name in texts}:
-            paths = " ".join(map(str, args.data))
-            raise BadInput(f"--data {paths}: the run to resume learned another text")
-        if saved["device"] != device.type:
-            raise BadInput(f"--device {device.type}: the run to resume is on {saved['device']}")
+        saved = read_state(beside(args.weights, ".state.pt"))
+        if (saved["meta"]["texts"], saved["meta"]["device"]) != (texts, device.type):
+            raise BadInput(f"the run to resume learned other texts than {args.data}, or on "
+                           f"{saved['meta']['device']} and not on {device.type}")
         model.load_state_dict(saved["model"])
         for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         generator.set_state(saved["generator"])
-        state = RunState(**saved["run"])
-    elif args.init:
-        weights, meta = load_weights(args.init, device)
-        model.load_state_dict(weights.state_dict())
-        state = RunState(started_from=meta, log=read_log(Files(Path(args.init)).log))
-    else:
-        state = RunState()
-    return model, optimizers, generator, state
+        run = saved["run"]
+    return model, optimizers, generator, run
 
 
-def save_state(args, files: Files, about: dict, model, optimizers, generator, state: RunState):
-    """The state from which --resume continues, and the log so far."""
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    contents = {
-        "model": model.state_dict(), "config": asdict(model.config), "meta": about,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "generator": generator.get_state(), "device": generator.device.type,
-        "args": settings, "run": asdict(state),
-    }
-    with atomic_file(files.state) as file:
-        torch.save(contents, file)
-    for path in [files.state_log, *[files.log] * state.wrote] if state.log else []:
-        write_log(state.log, path)
+def evaluate_only(args: argparse.Namespace) -> None:
+    model, _ = load_weights(args.weights, pick_device(args.device))
+    mean, error = nelbo(model, load_corpus(args.data[0], model.config)[1])
+    print(f"{args.weights}: validation NELBO {mean:.4f} +- {error:.4f} nats per character "
+          f"({mean / math.log(2):.4f} bits)")
 
 
-def save_if_best(files: Files, about: dict, model, state: RunState, val, device) -> None:
-    """Writes the weights where the last evaluation beats all before, and those that are there."""
-    row = state.log[-1]
-    if files.stamp() != files.seen:  # another run has written them meanwhile
-        incumbent = files.incumbent(model.config, about["corpus_sha256"], val, device)
-        state.best = min(state.best, incumbent)
-    if row["val_nelbo"] < state.best:
-        state.best, state.wrote = row["val_nelbo"], True
-        save_weights(model, {**about, **row}, files.weights)
-        files.seen = files.stamp()
-
-
-def finish(files: Files, state: RunState, val, device: torch.device) -> None:
-    """The full bound of what the run wrote, into the file and onto the screen."""
-    if not state.wrote or files.stamp() != files.seen:
-        print(f"{files.weights} was better and stays; this run's model: "
-              f"uv run sample.py --weights {files.state}")
-        return
-    model, meta = load_weights(files.weights, device)
-    meta["val_nelbo"], meta["val_nelbo_error"] = nelbo(model, val)
-    save_weights(model, meta, files.weights)
-    print(f"{files.weights}: validation NELBO {meta['val_nelbo']:.4f} +- "
-          f"{meta['val_nelbo_error']:.4f} nats per character")
-
-
-def advise(files: Files, state: RunState) -> None:
-    """What a user can do who has stopped the run."""
-    if not files.state.exists():
-        warn("stopped before the first step; there is nothing to resume")
-        return
-    again = shlex.join([word for word in sys.argv[1:] if word != "--resume"])
-    warn(f"stopped after step {state.step}; continue: uv run training.py {again} --resume")
-
-
-def train(args: argparse.Namespace) -> None:
-    # Processes and device
-    stop = StopSignal()
+def train(args: argparse.Namespace, command: str) -> int:
+    """The run. Returns 0 at its end, or the number of the signal that stopped it."""
+    clock = time.perf_counter()
     rank, world, device = start_processes(args)
     leader = rank == 0
 
-    # Data
-    config = size_config(args)
-    train, val, corpus_sha256 = load_corpus(args.data[0], config)
-    others = load_further_texts(args.data[1:], val, config)
-    texts = {"corpus_sha256": corpus_sha256, "other_texts": [sha256 for _, sha256 in others]}
-    text = torch.cat((train, *(ids for ids, _ in others))).to(device)
+    # Texts: what is learned, what chooses the weights that are kept, what validates
+    config = DiffusionConfig(**{size: getattr(args, size) for size in SIZES})
+    train_split, val, sha256 = load_corpus(args.data[0], config)
+    train_split, held = train_split.tensor_split([-min(HELD_OUT, len(train_split) // 10)])
+    further = [load_corpus(path, config) for path in args.data[1:]]
+    texts = [sha256, *(sha256 for _, _, sha256 in further)]
+    text = torch.cat((train_split, *(part for parts in further for part in parts[:2]))).to(device)
 
-    # Model, optimizers, and the state of the run
-    model, optimizers, generator, state = start_run(args, config, texts, device)
-    teachers = load_teachers(args.teachers or [], config, device)
-    files = Files(args.weights)
+    # Model, optimizers, files
+    model, optimizers, generator, run = start_run(args, config, texts, device)
+    teachers = [load_weights(path, device)[0] for path in args.teachers]
+    alike = "sequence_len", "vocab_size", "mask_token_id", "diffusion_steps"
+    for teacher in teachers:
+        if any(getattr(teacher.config, name) != getattr(config, name) for name in alike):
+            raise BadInput(f"--teachers: {teacher.config} and {config} differ in more than size")
     about = {
-        **texts, "seed": args.seed, "torch": str(torch.__version__),
-        "hardware": f"{world} x {hardware(device)}", "started_from": state.started_from,
-        "command": shlex.join(["uv", "run", "training.py", *sys.argv[1:]]),
+        "texts": texts, "corpus_sha256": sha256, "seed": args.seed, "command": command,
+        "torch": str(torch.__version__), "device": device.type, "hardware": f"{world} x "
+        f"{device.type}, {torch.get_num_threads()} threads, bfloat16 {multiplies_bf16(device)}",
     }
-    if leader:
-        files.check(args, n_bytes=20 * sum(p.numel() for p in model.parameters()))
-        state.best = min(state.best, files.incumbent(config, corpus_sha256, val, device))
-        warn(f"training on {about['hardware']}")
+    save = partial(save_state, args, about, model, optimizers, generator, run)
+    if leader and not args.resume:
+        run["mark"] = claim_files(args, config, sha256, val, device)
+        try:
+            save()
+        except OSError:
+            beside(args.weights, ".state.pt").unlink()  # claimed, but without anything to resume
+            raise
 
     # Compile and DDP
     rows = args.batch_size // world
     mine = slice(rank * rows, (rank + 1) * rows)  # of the batch
-    compiles = args.compile or (args.compile is None and device.type != "mps")
-    network = compiled(model, rows, device) if compiles else model
+    network = model
+    if not args.no_compile and device.type != "mps":
+        network = compiled(model, rows)
+        teachers = [compiled(teacher, rows) for teacher in teachers]
     if world > 1:
         network = DistributedDataParallel(network)
         network.broadcast_buffers = False  # the rotary tables never change
+    if leader:
+        warn(f"training on {about['hardware']}")
 
     # The loop
-    first_step = saved_step = state.step
-    progress, stopping, losses, clock = 0.0, False, [], time.perf_counter()
-    bar = tqdm(total=None if args.max_minutes else args.steps, initial=state.step, unit="step",
+    spread = LATE_SPREAD if args.init else SPREAD
+    interval = args.eval_interval or (1000 if device.type == "cuda" else 250)
+    splits = {"train": train_split, "held": held, "val": val}
+    first_step = run["step"]
+    bar = tqdm(total=None if args.max_minutes else args.steps, initial=first_step, unit="step",
                disable=None if leader else True)  # None: silent unless stderr is a terminal
-    while True:
-        # Where the run is, by the clock or by the count; several processes agree now and then
-        state.seconds, clock = state.seconds + time.perf_counter() - clock, time.perf_counter()
-        if not args.max_minutes:
-            progress = state.step / args.steps
-        if world == 1 or (state.step - first_step) % AGREE_INTERVAL == 0:
+    with stop_signals() as received, bar:
+        while True:
+            # Where the run is, by the clock or by the count; all processes agree on it
+            now = time.perf_counter()
+            run["seconds"], clock = run["seconds"] + now - clock, now
+            progress = run["step"] / args.steps
             if args.max_minutes:
-                progress = state.seconds / (60 * args.max_minutes)
-            progress, stopping = agree(progress, stop.received is not None, device)
-        finished = state.finished = progress >= 1
+                progress = run["seconds"] / (60 * args.max_minutes)
+            progress, signum = agree(progress, received[0] if received else 0, device)
+            finished = progress >= 1
 
-        # Evaluate and save; a run that is told to stop saves only, as it may not be given long
-        due = finished or stopping or state.step % args.eval_interval == 0
-        if due and state.step > saved_step:
-            check_finite(losses, state, files)
-            if leader and (finished or not stopping):
-                state.log.append(measure(model, train, val, state, args.batch_size))
-                save_if_best(files, about, model, state, val, device)
-                show_progress(model, state, args.seed)
-            if leader:
-                save_state(args, files, about, model, optimizers, generator, state)
-            saved_step = state.step
-        if finished or stopping:
-            break
+            # Evaluate and save; a run that is told to stop saves only, as it may not be given long
+            due = finished or signum or run["step"] % interval == 0
+            if leader and due and run["step"] > first_step:
+                if finished or not signum:
+                    evaluate(args, about, model, run, splits)
+                tried(save)
+            if finished or signum:
+                break
 
-        # The batch, forward, loss, backward, update. Every process draws the whole batch and keeps
-        # its rows, so that the batch does not depend on their number
-        spread, opened = noise_schedule(progress, args.init)
-        batch = draw_batch(text, config, args.batch_size, generator, spread, opened)
-        x_0, x_t, masked, t, weight = (part[mine] for part in batch)
-        if teachers:
-            log_q = ask(teachers, x_t, t)                           # (B, T, V)
-        with autocast(device):
-            logits = network(x_t, t)                                # (B, T, V)
-        nll = masked_nll(logits, x_0, masked, config.mask_token_id) # (B,)
-        if teachers:
-            soft = teacher_nll(logits, log_q, masked, config.mask_token_id)
-            nll = TEACHER_SHARE * soft + (1 - TEACHER_SHARE) * nll
-        loss = (nll * weight).sum()
-        (loss * world).backward()  # DDP takes the mean over processes, the weights ask for the sum
-        factor = learning_rate_factor(progress, args.decay)
-        update(model, optimizers, factor)
-        losses.append(loss.detach())
-        state.step += 1
-        bar.update()
+            # The batch. Every process draws the whole and keeps its rows, so that the batch does
+            # not depend on their number
+            opened = 1.0 if args.init else min(1.0, 0.4 + 0.6 * progress / OPENING)
+            batch = draw_batch(text, config, args.batch_size, generator, spread, opened)
+            batch = [part[mine] for part in batch]
+            teacher = teachers[run["step"] % len(teachers)] if teachers else None
 
-        # Log, when that does not make the device wait
-        if device.type == "cpu" or len(losses) == LOG_INTERVAL:
-            value = check_finite(losses, state, files)
-            losses.clear()
-            left = state.seconds * (1 - progress) / max(progress, 1e-9) / 60
-            rate = args.muon_learning_rate * factor
-            bar.set_postfix_str(f"loss {value:.3f}, lr {rate:.4f}, {left:.1f} min left")
+            # Forward, loss, backward, update
+            loss = batch_loss(network, batch, teacher)
+            (loss * world).backward()  # DDP takes the mean over processes, the weights want the sum
+            factor = learning_rate_factor(progress, args.decay)
+            update(model, optimizers, factor)
+            if not math.isfinite(loss.item()):
+                raise BadInput(f"the loss at step {run['step']} is {loss.item()}: stopped; the "
+                               "last save stays. A lower --learning-rate may help")
+            run["step"] += 1
+            bar.update()
+            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {args.learning_rate * factor:.4f}")
 
-    bar.close()
     if leader and finished:
-        finish(files, state, val, device)
+        finish(args, val, device, run)
     elif leader:
-        advise(files, state)
+        warn(f"stopped after step {run['step']}; continue: uv run training.py --resume --weights "
+             f"{args.weights}")
+    return 0 if finished else signum
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.eval_only:
         return evaluate_only(args)
+    words = sys.argv[1:] if argv is None else argv
     try:
-        train(args)
+        signum = train(args, shlex.join(["uv", "run", "training.py", *map(str, words)]))
     except RuntimeError as error:
-        lost = ("closed by peer", "reset by peer", "imed out", "remote process exited")
-        if not any(words in str(error) for words in lost):
+        if not dist.is_initialized() or "peer" not in str(error):
             raise
-        why = str(error).splitlines()[0]
-        raise BadInput(f"another process of this run died or hangs ({why}); --resume continues "
-                       "from the last save") from error
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        raise BadInput("another process of this run died; --resume continues from the last save "
+                       f"({str(error).splitlines()[0]})") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if signum:
+        sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

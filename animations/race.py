@@ -4,98 +4,60 @@
     uv run animations/race.py --prompt "ROMEO:" --save animations/race.gif
 """
 
-import time
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-
-from drawing import GAP, Frame, add_arguments, panel_shape, room, show
-from model import TEMPERATURE, BadInput, CommandLine, encode_text, pick_device, run
-from sample import (
-    CallCounter,
-    SamplerConfig,
-    draft_and_correct,
-    left_to_right,
-    load_for_sampling,
-    row_generators,
-)
+from itertools import chain, zip_longest
 
 import torch
 
-
-class Runner:
-    """One side of the race; `x` is its text so far, after `calls` calls and `seconds` of work."""
-
-    def __init__(self, name: str, states: Iterator[torch.Tensor], counter: CallCounter):
-        self.name, self.states, self.counter = name, states, counter
-        self.x, self.calls, self.seconds, self.finished = next(states), 0, 0.0, False
-
-    def run_one_call(self) -> None:
-        """To the state after the next network call, if there is one."""
-        started, before = time.perf_counter(), self.counter.n
-        for x in self.states:
-            self.x = x
-            if self.counter.n > before:
-                self.calls += 1
-                self.seconds += time.perf_counter() - started
-                return
-        self.finished = True
-
-    def title(self) -> str:
-        return f"{self.name}: {self.calls} calls, {self.seconds:.1f} s"
+from drawing import GAP, Film, Recorder, add_arguments, panel, show
+from model import TEMPERATURE, BadInput, CommandLine, encode_text, pick_device, run
+from sample import SamplerConfig, draft_and_correct, left_to_right, load_for_sampling
 
 
-def side_by_side(left: torch.Tensor, right: torch.Tensor, between: int) -> torch.Tensor:
-    """Two panels (rows, cols) with a gap of one value between them."""
-    return torch.cat((left, torch.full_like(left[:, :1], between).expand(-1, GAP), right), 1)
+def side_by_side(left, right):
+    """Two panels (rows, cols) with a gap of blanks between them."""
+    return torch.cat((left, left.new_full((len(left), GAP), ord(" ")), right), 1)
 
 
-def frames(model, device, args) -> Iterator[Frame]:
-    config = model.config
-    shape = panel_shape(config.sequence_len, *room(args), panels=2)
-    prompt = encode_text(args.prompt, config.vocab_size, config.mask_token_id)
-    if len(prompt) > config.sequence_len:
-        raise BadInput(f"the prompt has {len(prompt)} characters, a window {config.sequence_len}")
-    x = torch.full((1, config.sequence_len), config.mask_token_id)
-    x[0, : len(prompt)] = prompt
-    x = x.to(device)
-    counter = CallCounter()
-    model.register_forward_hook(counter)
-    ways = {
-        "left to right": SamplerConfig(partial(left_to_right, k=1), args.temperature, sweeps=0),
-        "in parallel": SamplerConfig(temperature=args.temperature),
-    }
-    runners = [
-        Runner(name, draft_and_correct(model, x, way, row_generators(args.seed, 1)), counter)
-        for name, way in ways.items()
-    ]
-    before = [runner.x.view(shape).cpu() for runner in runners]
-    while not all(runner.finished for runner in runners):
-        after = [runner.x.view(shape).cpu() for runner in runners]
-        masked = [text == config.mask_token_id for text in after]
-        fresh = [text != old for text, old in zip(after, before, strict=True)]
-        frame = Frame(
-            side_by_side(*after, between=ord(" ")), side_by_side(*masked, between=False),
-            side_by_side(*fresh, between=False) & ~side_by_side(*masked, between=False),
-            "   ".join(runner.title() for runner in runners),
-        )
+def frames(model, device, args, recorder):
+    T, mask_token_id = model.config.sequence_len, model.config.mask_token_id
+    prompt = encode_text(args.prompt, model.config)
+    if len(prompt) > T:
+        raise BadInput(f"the prompt has {len(prompt)} characters, a window {T}")
+    x = torch.cat((prompt.long(), torch.full((T - len(prompt),), mask_token_id)))[None].to(device)
+    left = SamplerConfig(left_to_right, args.temperature, sweeps=0)
+    right = SamplerConfig(temperature=args.parallel_temperature)
+    runners = []
+    for name, config in ("left to right", left), ("in parallel", right):
+        recorder.begin(name)
+        states = draft_and_correct(model, x, x == mask_token_id, config,
+                                   torch.Generator().manual_seed(args.seed))
+        states = chain([x], recorder.watch(model, states))
+        runners.append(list(states) if recorder.on else states)  # one after the other, or in turn
+    film, texts, calls = Film(mask_token_id), [x, x], [0, 0]
+    for states in zip_longest(*runners):
+        calls = [n + (state is not None) for n, state in zip(calls, states, strict=True)]
+        texts = [old if state is None else state for old, state in zip(texts, states, strict=True)]
+        title = f"left to right: {calls[0] - 1} calls   in parallel: {calls[1] - 1} calls"
+        frame = film.frame(side_by_side(*(panel(text, 32) for text in texts)), title)
         yield frame
-        before = after
-        for runner in runners:
-            runner.run_one_call()
     yield replace(frame, hold=3 * args.fps)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add_arguments(parser, fps=12)
-    parser.add_argument("--prompt", default="", help="text that both continue")
-    parser.add_argument("--temperature", type=TEMPERATURE, default=SamplerConfig.temperature,
-                        help="of the left-to-right text, and of the parallel draft")
+    add = parser.add_argument
+    add("--prompt", default="", help="text that both continue")
+    add("--temperature", type=TEMPERATURE, default=0.8, help="of the left-to-right text")
+    add("--parallel-temperature", type=TEMPERATURE, default=SamplerConfig.temperature,
+        help="of the draft in parallel")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     model = load_for_sampling(args.weights, device)
-    show(frames(model, device, args), args)
+    recorder = Recorder(model.config.mask_token_id, candidates=3, most=16,
+                        title="Left to right against in parallel")
+    show(frames(model, device, args, recorder), args, recorder)
 
 
 if __name__ == "__main__":

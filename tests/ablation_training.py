@@ -13,6 +13,10 @@ they led, and what training.py does in a short run. The rows "long:" change some
 What was tried and lost stands here and nowhere else. The results are in ablations.md.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin on busy cores
+
 import argparse
 import re
 import sys
@@ -22,35 +26,15 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import (  # noqa: E402
-    DEFAULT_DATA,
-    SEED,
-    CommandLine,
-    DiffusionConfig,
-    DiffusionTransformer,
-    autocast,
-    load_corpus,
-    load_weights,
-    masked_nll,
-    nelbo,
-    noise_index,
-    number,
-    q_sample,
-    run,
-    save_weights,
-)
-from training import (  # noqa: E402
-    TEACHER_SHARE,
-    ask,
-    keep_freed_memory,
-    make_optimizers,
-    teacher_nll,
-    update,
-)
+import torch
+import torch.nn.functional as F
+from causal_twin import causal
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from causal_twin import causal_attention  # noqa: E402
+from model import (
+    DEFAULT_DATA, SEED, CommandLine, DiffusionConfig, DiffusionTransformer, autocast, load_corpus,
+    load_weights, nelbo, noise_index, number, q_sample, run, save_weights,
+)
+from training import batch_loss, compiled, make_optimizers, update
 
 CONFIG = DiffusionConfig(n_layer=4, n_head=4, n_embd=192)
 
@@ -191,13 +175,13 @@ def draw_levels(recipe, B, progress):
     return (noise * CONFIG.diffusion_steps).long() + 1
 
 
-def draw_masks(recipe, x_0, progress):
-    """x_t, masked (B, T) and t (B,)."""
-    B, T = x_0.shape
+def draw_batch(recipe, x_0, progress):
+    """What training.draw_batch gives: x_0, x_t and masked (B, T), indices and weights (B,)."""
+    (B, T), S = x_0.shape, CONFIG.diffusion_steps
     t = draw_levels(recipe, B, progress)
     prefix_len = torch.randint(1, CONFIG.context_len + 1, (B,))
     prefix_len *= torch.rand(B) < recipe.prefix_rate
-    x_t, masked = q_sample(x_0, t, CONFIG, prefix_len=prefix_len)
+    _, masked = q_sample(x_0, t, CONFIG, prefix_len=prefix_len)
     if recipe.complementary:
         masked = torch.cat((masked[: B // 2], ~masked[: B // 2]))
     share, since = recipe.sampler_shape
@@ -205,7 +189,8 @@ def draw_masks(recipe, x_0, progress):
         place, start = torch.arange(T), torch.randint(0, T, (B, 1))
         shaped = (place >= start) & (masked | (place >= start + 32))
         masked = torch.where(torch.rand(B, 1) < share, shaped, masked)
-    return x_0.masked_fill(masked, CONFIG.mask_token_id), masked, t
+    x_t, index = x_0.masked_fill(masked, CONFIG.mask_token_id), noise_index(masked, S)
+    return x_0, x_t, masked, index, sequence_weights(recipe, masked, t)
 
 
 def sequence_weights(recipe, masked, t):
@@ -216,19 +201,15 @@ def sequence_weights(recipe, masked, t):
     return weight / (len(m) if recipe.weighting == "bound" else weight.sum().clamp(min=1.0))
 
 
-def loss_of(recipe, model, fast, teachers, x_0, progress):
-    if progress < recipe.causal_start:
-        with causal_attention():
-            logits = model(x_0, torch.zeros(len(x_0), dtype=torch.long))[:, :-1]
-        return F.cross_entropy(logits.float().transpose(1, 2), x_0[:, 1:])
-    x_t, masked, t = draw_masks(recipe, x_0, progress)
-    index = noise_index(masked, CONFIG.diffusion_steps)
-    logits = fast(x_t, index)
-    nll = masked_nll(logits, x_0, masked, CONFIG.mask_token_id)
-    if teachers:
-        soft = teacher_nll(logits, ask(teachers, x_t, index), masked, CONFIG.mask_token_id)
-        nll = TEACHER_SHARE * soft + (1 - TEACHER_SHARE) * nll
-    return (nll * sequence_weights(recipe, masked, t)).sum()
+def causal_loss(model, x_0):
+    """Of predicting each character from those before it."""
+    for block in model.blocks:
+        block.attn.attend = causal
+    with autocast(x_0.device):
+        log_p = model(x_0, torch.zeros_like(x_0[:, 0]))[:, :-1]
+    for block in model.blocks:
+        del block.attn.attend
+    return F.nll_loss(log_p.transpose(1, 2), x_0[:, 1:])
 
 
 def drop_out(rate, module, inputs, out):
@@ -243,7 +224,8 @@ def train(recipe, tokens, characters, seed, teachers):
         for part, rate in ((block.attn.c_proj, attention_rate), (block.mlp.c_proj, mlp_rate)):
             if rate:
                 part.register_forward_hook(partial(drop_out, rate))
-    optimizers = make_optimizers(model, recipe)
+    optimizers = make_optimizers(model, recipe.muon_learning_rate, recipe.weight_decay)
+    optimizers[1].param_groups[0]["peak"] = recipe.learning_rate
     if recipe.optimizer == "adamw":
         matrices = optimizers[0].param_groups[0]["params"]
         optimizers[0] = torch.optim.AdamW(matrices, recipe.muon_learning_rate, betas=(0.9, 0.95),
@@ -251,8 +233,8 @@ def train(recipe, tokens, characters, seed, teachers):
         optimizers[0].param_groups[0]["peak"] = recipe.muon_learning_rate
     weights = [p.detach() for p in model.parameters()]
     average = [weight.clone() for weight in weights]
-    fast = torch.compile(model)
     B, T = recipe.batch_size, CONFIG.sequence_len
+    network = compiled(model, B)
     steps = characters // (B * T)
     for step, starts in enumerate(draw_starts(recipe, len(tokens), steps)):
         progress = step / steps
@@ -261,16 +243,19 @@ def train(recipe, tokens, characters, seed, teachers):
         if recipe.last_weight_decay is not None:
             rise = (recipe.last_weight_decay - recipe.weight_decay) * (1 - fall)
             optimizers[0].param_groups[0]["weight_decay"] = recipe.weight_decay + rise
-        x_0 = tokens[starts[:, None] + torch.arange(T)]
-        with autocast(torch.device("cpu")):
-            loss = loss_of(recipe, model, fast, teachers, x_0, progress)
+        x_0 = tokens[starts[:, None] + torch.arange(T)].long()
+        if progress < recipe.causal_start:
+            loss = causal_loss(model, x_0)
+        else:
+            teacher = teachers[step % len(teachers)] if teachers else None
+            loss = batch_loss(network, draw_batch(recipe, x_0, progress), teacher)
         loss.backward()
         update(model, optimizers, factor)
         if recipe.ema:
             torch._foreach_lerp_(average, weights, 1 - min(recipe.ema, (step + 1) / (step + 10)))
     if recipe.ema:
         torch._foreach_copy_(weights, average)
-    return model
+    return model.eval()
 
 
 def trained(name: str, seed: int, tokens: torch.Tensor, args: argparse.Namespace):
@@ -299,15 +284,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", default=[""], help="rows whose name contains one of these")
-    add("--characters", type=number(int, least=8192), default=1_638_400,
+    add("--characters", type=number(int, 8192), default=1_638_400,
         help="characters that every run sees")
-    add("--share", type=number(float, above=0, most=1), default=1.0,
+    add("--share", type=number(float, 1e-3, 1), default=1.0,
         help="share of the train split that the runs see: less means more epochs")
     add("--seeds", type=SEED, nargs="+", default=[0], help="random seeds")
     add("--keep", type=Path, metavar="FOLDER", help="keep the models there, and train no row again "
         "whose model is there")
     args = parser.parse_args(argv)
-    keep_freed_memory()
     tokens, val, _ = load_corpus(DEFAULT_DATA, CONFIG)
     tokens = tokens[: int(args.share * len(tokens))]
     print(f"{args.characters} characters a run, {args.characters / len(tokens):.1f} epochs\n\n"

@@ -11,49 +11,35 @@ Every window of 256 characters is scored without context, in nats per character,
     most confident first    exact: always the position whose likeliest character is most probable.
                             The order depends only on what is already unmasked, so this is a
                             likelihood too
-    causal twin             exact: the same trunk with causal attention (causal_twin.py)
+    causal twin             exact: the same trunk with causal attention (causal_twin.py), or the
+                            average of several
 
 The standard errors are over windows; the differences to the first row are paired.
 """
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin on busy cores
 
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import (  # noqa: E402
-    DEFAULT_DATA,
-    DEFAULT_WEIGHTS,
-    SEED,
-    CommandLine,
-    DiffusionTransformer,
-    add_device_argument,
-    autocast,
-    hardware,
-    load_corpus,
-    load_weights,
-    log_probs,
-    masked_count_weights,
-    masked_nll,
-    noise_index,
-    number,
-    pick_device,
-    run,
-    spaced_windows,
-)
-from sample import load_for_sampling  # noqa: E402
+import torch
+from causal_twin import TWIN_WEIGHTS, average, make_causal, next_log_p, nll_of
 
-import torch  # noqa: E402
-from causal_twin import TWIN_WEIGHTS, causal_attention, next_nll  # noqa: E402
+from model import (
+    COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, CommandLine, DiffusionTransformer, load_corpus,
+    masked_count_weights, masked_nll, noise_index, number, pick_device, run, spaced_windows,
+)
+from sample import load_for_sampling
 
 
 def predict(model: DiffusionTransformer, x_0: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """log p(x_0 | x_t), (B, T, V), where `masked` (B, T) is hidden."""
-    config = model.config
-    x_t = x_0.masked_fill(masked, config.mask_token_id)
-    with autocast(x_0.device):
-        logits = model(x_t, noise_index(masked, config.diffusion_steps))
-    return log_probs(logits, config.mask_token_id)
+    x_t = x_0.masked_fill(masked, model.config.mask_token_id)
+    return model(x_t, noise_index(masked, model.config.diffusion_steps))
 
 
 def bounds(model, x_0: torch.Tensor, draws: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +55,7 @@ def bounds(model, x_0: torch.Tensor, draws: int, seed: int) -> tuple[torch.Tenso
         m = ((draw + u) / draws * T).long().clamp(max=T - 1) + 1
         rank = torch.rand(N, T, generator=generator, device=x_0.device).argsort(1).argsort(1)
         masked = rank < m
-        log_p = predict(model, x_0, masked)
-        nll = masked_nll(log_p, x_0, masked, model.config.mask_token_id).double()
+        nll = masked_nll(predict(model, x_0, masked), x_0, masked).double()
         continuous += nll / draws
         discrete += nll * weights[m[:, 0] - 1] / draws
     return discrete, continuous
@@ -110,12 +95,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to score")
-    add("--twin", type=Path, default=TWIN_WEIGHTS, help="the causal twin; left out if missing")
-    add("--windows", type=number(int, least=2, most=10**6), default=48,
-        help="evenly spaced validation windows")
-    add("--draws", type=number(int, least=1, most=10**6), default=64, help="masks per window")
+    add("--twins", type=Path, nargs="+", default=[TWIN_WEIGHTS], metavar="WEIGHTS",
+        help="the causal twin, or several, whose probabilities are averaged; left out if missing")
+    add("--windows", type=number(int, 2), default=48, help="evenly spaced validation windows")
+    add("--draws", type=COUNT, default=64, help="masks per window")
     add("--seed", type=SEED, default=0, help="random seed of the bounds")
-    add_device_argument(parser)
+    add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     model = load_for_sampling(args.weights, device)
@@ -129,11 +114,13 @@ def main(argv: list[str] | None = None) -> None:
         "left to right": left_to_right(model, x_0),
         "most confident first": most_confident_first(model, x_0),
     }
-    if args.twin.exists():
-        twin, _ = load_weights(args.twin, device)
-        with causal_attention():
-            rows["causal twin"] = next_nll(twin, x_0, model.config.mask_token_id).double().mean(1)
-    print(f"{args.windows} windows, {hardware(device)}, seed {args.seed}\n\n"
+    twins = [make_causal(load_for_sampling(w, device)) for w in args.twins if w.exists()]
+    if twins:
+        log_p = average([next_log_p(twin, x_0) for twin in twins])
+        name = "causal twin" if len(twins) == 1 else f"average of {len(twins)} causal twins"
+        rows[name] = nll_of(log_p, x_0).double().mean(1)
+    print(f"{args.windows} windows, {device.type}, {torch.get_num_threads()} threads, "
+          f"seed {args.seed}\n\n"
           "| | nats per character | bits | difference to the bound |\n|---|---|---|---|")
     root = math.sqrt(args.windows)
     for name, nll in rows.items():

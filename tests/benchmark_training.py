@@ -13,7 +13,10 @@ count as time but not as work. Utilisation is that work per second over what pro
 matrices reach.
 """
 
-import argparse
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin on busy cores
+
 import statistics
 import sys
 import time
@@ -21,35 +24,20 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import (  # noqa: E402
-    COUNT,
-    DEFAULT_DATA,
-    CommandLine,
-    DiffusionConfig,
-    DiffusionTransformer,
-    add_device_argument,
-    autocast,
-    hardware,
-    load_corpus,
-    masked_nll,
-    multiplies_bf16,
-    run,
-)
-from training import (  # noqa: E402
-    draw_batch,
-    make_optimizers,
-    parse_arguments,
-    start_processes,
-    update,
-)
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from model import (
+    COUNT, DEFAULT_DATA, CommandLine, DiffusionConfig, DiffusionTransformer, load_corpus,
+    multiplies_bf16, run,
+)
+from training import batch_loss, compiled, draw_batch, make_optimizers, start_processes, update
 
 CONFIG = DiffusionConfig()
 SIDE = 2048  # of the square matrices
+RUN_SEED = 1337
 
 
 def flops_per_character(config: DiffusionConfig) -> int:
@@ -86,11 +74,11 @@ def plain_step(tokens, batch_size, device):
 
     def step():
         starts = torch.randint(len(tokens) - T, (batch_size,))
-        x_0 = torch.stack([tokens[s : s + T] for s in starts])
+        x_0 = torch.stack([tokens[s : s + T] for s in starts]).long()
         t = torch.randint(1, S + 1, (batch_size,), device=device)
         masked = torch.rand(batch_size, T, device=device) < t[:, None] / S
-        logits = model(x_0.masked_fill(masked, CONFIG.mask_token_id), t - 1)
-        F.cross_entropy(logits[masked], x_0[masked]).backward()
+        log_p = model(x_0.masked_fill(masked, CONFIG.mask_token_id), t - 1)
+        F.nll_loss(log_p[masked], x_0[masked]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -98,24 +86,21 @@ def plain_step(tokens, batch_size, device):
 
 
 def our_step(tokens, args, device, rank=0, world=1):
-    """The body of training.py's loop; with several processes, this one's share of it."""
-    torch.manual_seed(args.seed)
+    """A step of training.py; with several processes, this one's share of it."""
+    torch.manual_seed(RUN_SEED)
+    generator = torch.Generator(device).manual_seed(RUN_SEED)
+    rows = args.batch_size // world
+    mine = slice(rank * rows, (rank + 1) * rows)
     model = DiffusionTransformer(CONFIG).to(device)
-    optimizers = make_optimizers(model, args)
-    network = torch.compile(model) if args.compile is not False else model
+    optimizers = make_optimizers(model, learning_rate=0.02)
+    network = model if args.no_compile or device.type == "mps" else compiled(model, rows)
     if world > 1:
         network = DistributedDataParallel(network)
         network.broadcast_buffers = False
-    generator = torch.Generator(device).manual_seed(args.seed)
-    rows = args.batch_size // world
-    mine = slice(rank * rows, (rank + 1) * rows)
 
     def step():
         batch = draw_batch(tokens, CONFIG, args.batch_size, generator)
-        x_0, x_t, masked, t, weight = (part[mine] for part in batch)
-        with autocast(device):
-            logits = network(x_t, t)
-        loss = (masked_nll(logits, x_0, masked, CONFIG.mask_token_id) * weight).sum()
+        loss = batch_loss(network, [part[mine] for part in batch])
         (loss * world).backward()
         update(model, optimizers, factor=1.0)
 
@@ -127,7 +112,7 @@ def ratio(seconds, a, b):
     return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
 
-def one_process(options, args, tokens, device):
+def one_process(args, tokens, device):
     work = {
         "products, float32": products(device, torch.float32),
         "plain step": plain_step(tokens, args.batch_size, device),
@@ -139,7 +124,7 @@ def one_process(options, args, tokens, device):
     for step in work.values():
         seconds_of(step, device, times=2)  # compilation, caches
     seconds = {name: [] for name in work}
-    for _ in range(options.repeats):
+    for _ in range(args.repeats):
         for name, step in work.items():
             seconds[name].append(seconds_of(step, device, times[name]))
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -157,13 +142,14 @@ def one_process(options, args, tokens, device):
           f"{ratio(seconds, 'plain step', 'our step'):.2f} times as fast as the plain step")
 
 
-def several_processes(options, args, tokens, device, rank, world):
-    alone, together = our_step(tokens, args, device), our_step(tokens, args, device, rank, world)
+def several_processes(args, tokens, device, rank, world):
+    alone = our_step(tokens, args, device) if rank == 0 else None
+    together = our_step(tokens, args, device, rank, world)
     if rank == 0:
         alone()
     together()
     ratios = []
-    for _ in range(options.repeats):
+    for _ in range(args.repeats):
         by_one = seconds_of(alone, device, 3) if rank == 0 else 0.0
         dist.barrier()
         ratios.append(by_one / seconds_of(together, device, 3))
@@ -180,20 +166,18 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
     add("--repeats", type=COUNT, default=5, help="measurements of each")
-    add_device_argument(parser)
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for our step")
-    options = parser.parse_args(argv)
-    args = parse_arguments(["--batch-size", str(options.batch_size), "--device", options.device])
-    args.compile = options.compile
+    add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
+    add("--no-compile", action="store_true", help="our step without torch.compile")
+    args = parser.parse_args(argv)
     rank, world, device = start_processes(args)
     tokens = load_corpus(DEFAULT_DATA, CONFIG)[0].to(device)
     if rank == 0:
-        print(f"{world} x {hardware(device)}, {args.batch_size} x {CONFIG.sequence_len} characters "
-              f"a step, seed {args.seed}")
+        print(f"{world} x {device.type}, {torch.get_num_threads()} threads, {args.batch_size} x "
+              f"{CONFIG.sequence_len} characters a step, seed {RUN_SEED}")
     if world > 1:
-        several_processes(options, args, tokens, device, rank, world)
+        several_processes(args, tokens, device, rank, world)
     else:
-        one_process(options, args, tokens, device)
+        one_process(args, tokens, device)
 
 
 if __name__ == "__main__":

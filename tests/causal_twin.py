@@ -1,226 +1,242 @@
 """The model's causal twin: the same trunk and optimizers, trained to predict the next character.
 
     uv run tests/causal_twin.py --max-minutes 17
-    uv run tests/causal_twin.py --write 3000000 > weights/twin.txt
+    uv run tests/causal_twin.py --steps 1000 --weight-decay 0.3 --weights weights/twin_b.pt
+    uv run tests/causal_twin.py --fit
+    uv run tests/causal_twin.py --write 3000000 --temperature 1.1 > weights/twin.txt
 
 It is what a GPT of this size makes of the same text, and the benchmarks set it beside the diffusion
 model. Its weights, weights/causal_twin.pt, are not shipped. It overfits after some ten million
-characters, so the best evaluation is kept. What it writes is text that nobody has learned by heart
-yet, for training.py to learn from besides the real one.
+characters, so the weights that are best on the last 40,000 characters of the train split, which it
+does not learn, are kept. What it writes is text that nobody has learned by heart yet, for
+training.py to learn from besides the real one; --fit finds the temperature for it.
 """
 
-import itertools
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin on busy cores
+
 import math
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import (  # noqa: E402
-    COUNT,
-    DEFAULT_DATA,
-    ROOT,
-    SEED,
-    BadInput,
-    CommandLine,
-    DiffusionConfig,
-    DiffusionTransformer,
-    add_device_argument,
-    autocast,
-    decode_tokens,
-    hardware,
-    load_corpus,
-    log_probs,
-    number,
-    pick_device,
-    read_checkpoint,
-    run,
-    save_weights,
-    warn,
-)
-from sample import draw, load_for_sampling, row_generators, uniform  # noqa: E402
-from training import (  # noqa: E402
-    average,
-    keep_freed_memory,
-    learning_rate_factor,
-    make_optimizers,
-    parse_arguments,
-    update,
-)
+import torch
+import torch.nn.functional as F
+from tqdm import trange
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import trange  # noqa: E402
+from model import (
+    COUNT, DEFAULT_DATA, ROOT, SEED, TEMPERATURE, BadInput, CommandLine, DiffusionConfig,
+    DiffusionTransformer, autocast, decode_tokens, load_corpus, number, pick_device,
+    read_checkpoint, run, save_weights, warn,
+)
+from sample import draw, load_for_sampling
+from training import HELD_OUT, compiled, learning_rate_factor, make_optimizers, update
 
 TWIN_WEIGHTS = ROOT / "weights" / "causal_twin.pt"
+LEARNING_RATE = 0.02  # AdamW's is 3e-3
+
+# Every query attends only to the keys up to its own position
+causal = partial(F.scaled_dot_product_attention, is_causal=True)
 
 
-@contextmanager
-def causal_attention():
-    """Inside, every query attends only to the keys up to its own position."""
-    with mock.patch("model.attend", partial(F.scaled_dot_product_attention, is_causal=True)):
-        yield
+def make_causal(model: DiffusionTransformer) -> DiffusionTransformer:
+    for block in model.blocks:
+        block.attn.attend = causal
+    return model
 
 
-def next_nll(network: torch.nn.Module, x_0: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """-log p(x_i | x_<i) in nats, (B, T), the first character given nothing. The input is shifted
-    by one, with [MASK] for the beginning; the time index means nothing here and is 0."""
-    begin = torch.full_like(x_0[:, :1], mask_token_id)
-    x = torch.cat((begin, x_0[:, :-1]), 1)                          # (B, T)
-    t = torch.zeros(len(x), dtype=torch.long, device=x.device)      # (B,)
-    with autocast(x.device):
-        logits = network(x, t)                                      # (B, T, V)
-    return -log_probs(logits, mask_token_id).gather(-1, x_0[..., None]).squeeze(-1)
+def average(log_p: list[torch.Tensor]) -> torch.Tensor:
+    """The logarithm of the mean of the probabilities whose logarithms are given."""
+    return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))
 
 
-class KeptKeys:
-    """Causal attention that keeps the keys and values of all positions before, layer by layer."""
-
-    def __init__(self, config: DiffusionConfig):
-        self.length, self.layers = config.sequence_len, [[] for _ in range(config.n_layer)]
-        self.turn = itertools.cycle(self.layers)  # the blocks call in this order
-        self.n = 0  # positions kept so far
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        layer, end = next(self.turn), self.n + q.size(2)
-        if not self.n:
-            B, H, _, D = q.shape
-            layer[:] = torch.empty(2, B, H, self.length, D, device=q.device).unbind()
-        for kept, new in zip(layer, (k, v), strict=True):
-            kept[:, :, self.n : end] = new
-        keys, values = (kept[:, :, :end] for kept in layer)
-        if layer is self.layers[-1]:
-            self.n = end
-        # In float32, so without autocast: for a single query, bfloat16 takes a CPU twice as long.
-        # More than one query comes only at the beginning, when nothing is kept
-        with torch.autocast(q.device.type, enabled=False):
-            return F.scaled_dot_product_attention(q.float(), keys, values, is_causal=q.size(2) > 1)
+def next_log_p(network, x_0):
+    """log p(x_i | x_<i) for every character that x_i may be, (B, T, V), the first given nothing.
+    The input is shifted by one, with [MASK] for the beginning; the time index means nothing here
+    and is 0."""
+    begin = torch.full_like(x_0[:, :1], network.config.mask_token_id)
+    with autocast(x_0.device):
+        return network(torch.cat((begin, x_0[:, :-1]), 1), torch.zeros_like(x_0[:, 0]))
 
 
-def next_log_probs(
-    twin: DiffusionTransformer, kept: KeptKeys, new: torch.Tensor
-) -> torch.Tensor:
-    """log p of the character after the ids `new` (B, T), which follow those that are kept,
-    (B, 1, V)."""
-    t = torch.zeros(len(new), dtype=torch.long, device=new.device)
-    cos, sin = twin.cos, twin.sin
-    twin.cos, twin.sin = cos[kept.n :], sin[kept.n :]               # position kept.n comes first
-    with autocast(new.device), mock.patch("model.attend", kept):
-        logits = twin(new, t)[:, -1:]
-    twin.cos, twin.sin = cos, sin
-    return log_probs(logits, twin.config.mask_token_id)
-
-
-@torch.inference_mode()
-def continue_causally(
-    twins: list[DiffusionTransformer],
-    x: torch.Tensor,
-    length: int,
-    temperature: float,
-    generators: list[torch.Generator],
-) -> torch.Tensor:
-    """The ids x (B, T) and `length` more, (B, T + length), at most sequence_len in all. One network
-    call a character, on that character alone. Several twins average their probabilities."""
-    config, end = twins[0].config, x.size(1) + length
-    caches = [KeptKeys(config) for _ in twins]
-    new = torch.cat((x.new_full((len(x), 1), config.mask_token_id), x), 1)
-    while x.size(1) < end:
-        pairs = zip(twins, caches, strict=True)
-        log_p = average([next_log_probs(twin, kept, new) for twin, kept in pairs])  # (B, 1, V)
-        new = draw(log_p, temperature, uniform(generators, log_p[..., 0]))
-        x = torch.cat((x, new), 1)
-    return x
+def nll_of(log_p, x_0):
+    """-log p(x_i | x_<i) in nats, (B, T)."""
+    return -log_p.gather(-1, x_0[..., None]).squeeze(-1)
 
 
 @torch.no_grad()
-def validate(model: DiffusionTransformer, val: torch.Tensor, device: torch.device) -> float:
-    """Nats per character over non-overlapping windows without context, like the diffusion bound."""
-    T, mask_token_id = model.config.sequence_len, model.config.mask_token_id
-    windows = val[: len(val) // T * T].view(-1, T).split(64)
-    nll = [next_nll(model, x_0.to(device), mask_token_id).double().cpu() for x_0 in windows]
-    return torch.cat(nll).mean().item()
+def judged(twins: list[DiffusionTransformer], ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """The non-overlapping windows (N, T) of a text, and the average of what the twins say of them
+    without context, log p (N, T, V)."""
+    T = twins[0].config.sequence_len
+    x_0 = ids[: len(ids) // T * T].view(-1, T).long().to(next(twins[0].parameters()).device)
+    log_p = [average([next_log_p(twin, x) for twin in twins]) for x in x_0.split(64)]
+    return x_0, torch.cat(log_p)
 
 
-def write(
-    twins: list[DiffusionTransformer], num_characters: int, seed: int, streams: int = 192
-) -> str:
-    """At least so many characters at temperature 1, in long streams, side by side: half a window
-    at a time, each after the half before it."""
+def nats(twins: list[DiffusionTransformer], ids) -> float:
+    """Nats per character of a text, exact, to be compared with the bound."""
+    x_0, log_p = judged(twins, ids)
+    return nll_of(log_p, x_0).mean().item()
+
+
+def fit_temperature(twins: list[DiffusionTransformer], ids) -> dict[float, float]:
+    """Nats per character of a text at temperatures from 1 to 1.4, as `draw` applies them."""
+    x_0, log_p = judged(twins, ids)
+    temperatures = [percent / 100 for percent in range(100, 141)]
+    return {t: nll_of((log_p / t).log_softmax(-1), x_0).mean().item() for t in temperatures}
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+class KeptKeys:
+    """Causal attention of one block that keeps the keys and values of all positions before."""
+
+    def __init__(self, length: int):
+        self.length, self.n = length, 0  # positions that there will be, and that are kept so far
+
+    def __call__(self, q, k, v):
+        begin, self.n = self.n, self.n + q.size(2)
+        if not begin:
+            B, H, _, D = k.shape
+            self.keys, self.values = torch.empty(2, B, H, self.length, D, device=k.device)
+        self.keys[:, :, begin : self.n] = k
+        self.values[:, :, begin : self.n] = v
+        keys, values = self.keys[:, :, : self.n], self.values[:, :, : self.n]
+        # In float32: for a single query, bfloat16 takes a CPU twice as long. More than one query
+        # comes only at the beginning, when nothing is kept
+        y = F.scaled_dot_product_attention(q.float(), keys, values, is_causal=q.size(2) > 1)
+        return y.to(q.dtype)
+
+
+def following_log_p(twin: DiffusionTransformer, new):
+    """log p of the character after the ids `new` (B, T), which follow those that the twin's blocks
+    keep, (B, 1, V)."""
+    cos, sin, n = twin.cos, twin.sin, twin.blocks[0].attn.attend.n
+    twin.cos, twin.sin = cos[n:], sin[n:]                           # position n comes first
+    log_p = twin(new, torch.zeros_like(new[:, 0]))[:, -1:]
+    twin.cos, twin.sin = cos, sin
+    return log_p
+
+
+@torch.inference_mode()
+def continue_causally(twins: list[DiffusionTransformer], x, length: int, temperature: float,
+                      generator: torch.Generator):
+    """The ids x (B, T) and `length` more, (B, T + length), at most sequence_len in all. One network
+    call a character, on that character alone. Several twins average their probabilities."""
+    mask_token_id, end = twins[0].config.mask_token_id, x.size(1) + length
+    for twin in twins:
+        for block in twin.blocks:
+            block.attn.attend = KeptKeys(end)
+    new = torch.cat((x.new_full((len(x), 1), mask_token_id), x), 1)
+    while x.size(1) < end:
+        log_p = average([following_log_p(twin, new) for twin in twins])             # (B, 1, V)
+        new = draw(log_p, temperature, generator)
+        x = torch.cat((x, new), 1)
+    for twin in twins:
+        make_causal(twin)
+    return x
+
+
+def write(twins: list[DiffusionTransformer], num_characters: int, temperature: float, seed: int,
+          streams: int = 192) -> str:
+    """At least so many characters, in long streams, side by side: half a window at a time, each
+    after the half before it."""
     half = twins[0].config.sequence_len // 2
     x = torch.empty(streams, 0, dtype=torch.long, device=next(twins[0].parameters()).device)
-    generators = row_generators(seed, streams)
+    generator = torch.Generator().manual_seed(seed)
     for _ in trange(-(-num_characters // (streams * half)), unit="half window", disable=None):
-        window = continue_causally(twins, x[:, -half:], half, 1.0, generators)
+        window = continue_causally(twins, x[:, -half:], half, temperature, generator)
         x = torch.cat((x, window[:, -half:]), 1)
     return "\n".join(decode_tokens(row) for row in x)
 
 
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
 def incumbent(path: Path) -> float:
-    """Nats per character of the twin that is there, infinite if there is none. BadInput where the
-    file is something else."""
+    """Held-out nats per character of the twin that is there, infinite if there is none. BadInput
+    where the file is something else."""
     if not path.exists():
         return math.inf
     meta = read_checkpoint(path)["meta"]
-    if not meta.get("causal"):
+    if "held_nll" not in meta:
         raise BadInput(f"{path}: not a causal twin, so it stays; choose another --weights")
-    warn(f"{path} has {meta['val_nll']:.4f} nats per character; only a better twin replaces it")
-    return meta["val_nll"]
+    warn(f"{path} has {meta['held_nll']:.4f} held-out nats per character; only a better twin "
+         "replaces it")
+    return meta["held_nll"]
 
 
 def train(args, device: torch.device) -> None:
     best, step = incumbent(args.weights), 0
     config = DiffusionConfig()
     text, val, corpus_sha256 = load_corpus(DEFAULT_DATA, config)
+    text, held = text.tensor_split([-HELD_OUT])
     torch.manual_seed(args.seed)
-    keep_freed_memory()
-    model = DiffusionTransformer(config).to(device)
-    optimizers = make_optimizers(model, parse_arguments([]))
     started = time.perf_counter()
-    with causal_attention():
-        network = torch.compile(model)
-        while True:
-            progress = (time.perf_counter() - started) / (60 * args.max_minutes)
-            if step and (step % args.eval_interval == 0 or progress >= 1):
-                nll = validate(model, val, device)
-                warn(f"step {step}: validation {nll:.4f} nats per character")
-                if nll < best:
-                    best = nll
-                    meta = {"step": step, "val_nll": nll, "corpus_sha256": corpus_sha256,
-                            "seed": args.seed, "hardware": hardware(device), "causal": True}
-                    save_weights(model, meta, args.weights)
-            if progress >= 1:
-                break
-            starts = torch.randint(len(text) - config.sequence_len + 1, (args.batch_size, 1))
-            x_0 = text[starts + torch.arange(config.sequence_len)].to(device)
-            next_nll(network, x_0, config.mask_token_id).mean().backward()
-            update(model, optimizers, learning_rate_factor(progress, decay=0.5))
-            step += 1
+    model = make_causal(DiffusionTransformer(config).to(device))
+    optimizers = make_optimizers(model, LEARNING_RATE, args.weight_decay)
+    network = compiled(model, args.batch_size)
+    while True:
+        minutes = (time.perf_counter() - started) / 60
+        progress = step / args.steps if args.steps else minutes / args.max_minutes
+        if step and (step % args.eval_interval == 0 or progress >= 1):
+            held_nll = nats([model], held)
+            warn(f"step {step}: {held_nll:.4f} held-out nats per character")
+            if held_nll < best:
+                best = held_nll
+                meta = {"step": step, "held_nll": held_nll, "val_nll": nats([model], val),
+                        "corpus_sha256": corpus_sha256, "seed": args.seed, "causal": True,
+                        "weight_decay": args.weight_decay, "batch_size": args.batch_size}
+                save_weights(model, meta, args.weights)
+        if progress >= 1:
+            break
+        starts = torch.randint(len(text) - config.sequence_len + 1, (args.batch_size, 1))
+        x_0 = text[starts + torch.arange(config.sequence_len)].long().to(device)
+        nll_of(next_log_p(network, x_0), x_0).mean().backward()
+        update(model, optimizers, learning_rate_factor(progress, decay=0.5))
+        step += 1
+    meta = read_checkpoint(args.weights)["meta"]
     print(f"{step} steps, {step * args.batch_size * config.sequence_len} characters; "
-          f"{args.weights} has {best:.4f} nats per character (exact)")
+          f"{args.weights} has {meta['val_nll']:.4f} nats per validation character (exact)")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--max-minutes", type=number(float, above=0), default=17, help="length of the run")
+    add("--max-minutes", type=number(float, 1e-3), default=17, help="length of the run")
+    add("--steps", type=COUNT, help="length of the run, instead of --max-minutes")
     add("--batch-size", type=COUNT, default=32, help="sequences per step")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="of the block matrices")
     add("--eval-interval", type=COUNT, default=100, help="steps between evaluations")
     add("--weights", type=Path, default=TWIN_WEIGHTS, help="file to write")
     add("--write", metavar="N", type=COUNT, help="print N characters of text instead")
+    add("--temperature", type=TEMPERATURE, default=1.0, help="of what is written")
+    add("--fit", action="store_true", help="print the temperature at which the held-out characters "
+        "are likeliest instead")
     add("--twins", type=Path, nargs="+", default=[TWIN_WEIGHTS], metavar="WEIGHTS",
-        help="who writes: the average of these twins")
+        help="who writes or is fitted: the average of these twins")
     add("--seed", type=SEED, default=1337, help="random seed")
-    add_device_argument(parser)
+    add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
+    if not (args.write or args.fit):
+        return train(args, device)
+    twins = [make_causal(load_for_sampling(path, device)) for path in args.twins]
+    if args.fit:
+        text, _, _ = load_corpus(DEFAULT_DATA, twins[0].config)
+        fitted = fit_temperature(twins, text[-HELD_OUT:])
+        t = min(fitted, key=fitted.get)
+        print(f"temperature {t}: {fitted[t]:.4f} nats per held-out character, "
+              f"{fitted[1.0]:.4f} at temperature 1")
     if args.write:
-        twins = [load_for_sampling(path, device) for path in args.twins]
-        print(write(twins, args.write, args.seed))
-    else:
-        train(args, device)
+        print(write(twins, args.write, args.temperature, args.seed))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from model import DiffusionConfig, DiffusionTransformer, pick, run, save_weights
-
 import pytest
 import torch
+
+from model import DiffusionConfig, DiffusionTransformer, run, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = DiffusionConfig(sequence_len=32, n_layer=2, n_head=2, n_embd=32, context_len=4)
@@ -35,7 +35,7 @@ def random_model(config=TINY, seed=0):
 
 
 class TableModel(torch.nn.Module):
-    """Arbitrary logits for every possible x_t, so that expectations can be enumerated."""
+    """Arbitrary probabilities for every possible x_t, so that expectations can be enumerated."""
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -46,10 +46,11 @@ class TableModel(torch.nn.Module):
             torch.randn(size, config.sequence_len, config.vocab_size, generator=generator)
         )
 
-    def forward(self, x_t, t, at=None):
+    def forward(self, x_t, index):
         place = self.config.vocab_size ** torch.arange(self.config.sequence_len)
-        logits = self.table[(x_t * place).sum(1)]
-        return pick(logits, at)
+        logits = self.table[(x_t * place).sum(1)].clone()
+        logits[..., self.config.mask_token_id] = -torch.inf
+        return logits.log_softmax(-1)
 
 
 class Screen:

@@ -6,16 +6,6 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 
-from model import (
-    BadInput,
-    DiffusionConfig,
-    DiffusionTransformer,
-    log_probs,
-    nelbo,
-    save_weights,
-)
-from sample import draw, row_generators, uniform
-
 import ablation_training as ablation
 import benchmark_likelihood as likelihood
 import benchmark_sampling as judging
@@ -24,11 +14,20 @@ import causal_twin
 import numpy as np
 import pytest
 import torch
-from causal_twin import causal_attention, continue_causally, next_nll
-from conftest import TableModel, random_model
+from causal_twin import continue_causally, make_causal, next_log_p, nll_of
+from conftest import TINY, TableModel, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import (
+    Attention, BadInput, DiffusionConfig, DiffusionTransformer, load_weights, nelbo, save_weights,
+)
+from sample import draw
+
 TEXT = "to be or not to be that is the question whether tis nobler in the mind to suffer"
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def plain_witten_bell(text, history, character):
@@ -63,6 +62,29 @@ def test_judge_gives_a_probability_to_every_character_and_one_to_all_of_them():
 ])
 def test_longest_copy(text, expected):
     assert judging.longest_copy(text, TEXT) == expected
+
+
+def test_divergence_of_3_grams_is_jensen_shannons():
+    a, b = np.array([1, 1, 2, 3]), np.array([2, 2, 3, 9])
+    p, q = np.array([2, 1, 1, 0]) / 4, np.array([0, 2, 1, 1]) / 4
+    m = (p + q) / 2
+    pairs = [(x, y) for d in (p, q) for x, y in zip(d, m, strict=True) if x]
+    expected = sum(0.5 * x * math.log(x / y) for x, y in pairs)
+    assert judging.jensen_shannon(a, b) == pytest.approx(expected)
+    assert judging.jensen_shannon(a, a) == 0
+    assert judging.jensen_shannon(np.zeros(4, int), b) == pytest.approx(math.log(2))
+
+
+def test_the_judge_sees_speakers_questions_and_lines():
+    judge = judging.Judge("to be or not to be " * 50)
+    texts = ["to be?\n\nROMEO:\nnot xx be!\n", "to be?\n\nNo name\nor not:\nt"]
+    columns, n = judge.columns(texts), sum(map(len, texts))
+    assert columns["turns"] == pytest.approx(1000 / n)
+    assert columns["?!"] == pytest.approx(3 * 1000 / n)
+    assert columns["line"] == pytest.approx((6 + 6 + 10 + 6 + 7 + 7 + 1) / 7)
+    # "to", which touches the edge, is left out; romeo, xx, no and name are unknown
+    assert columns["valid"] == pytest.approx(6 / 10)
+    assert columns["copy"] == len("or not")
 
 
 def test_words_cut_by_the_edges_of_a_text_are_not_judged():
@@ -104,6 +126,30 @@ def test_a_kept_ablation_is_not_trained_again_unless_its_settings_differ(tmp_pat
     assert len(trainings) == 4
 
 
+@pytest.mark.parametrize("row", [
+    "baseline", "start: causal for 15%", "regularisation: dropout 0.1", "long: student of one seed",
+    "optimizer: AdamW 1e-3", "masks: complementary pairs",
+])
+def test_an_ablation_trains_a_diffusion_model(row, monkeypatch):
+    small = replace(TINY, sequence_len=64)
+    monkeypatch.setattr(ablation, "CONFIG", small)
+    monkeypatch.setattr(ablation, "compiled", lambda model, B: model)
+    recipe = replace(ablation.ROWS[row], batch_size=8)
+    text = torch.tensor(list(TEXT.encode()) * 4, dtype=torch.uint8)
+    teachers = [random_model(small)] * len(recipe.teachers)
+    model = ablation.train(recipe, text, 30 * 8 * 64, 0, teachers)
+    assert model.blocks[0].attn.attend is Attention.attend and not model.training
+    assert nelbo(model, text, passes=2)[0] < 4
+
+
+def test_the_timed_steps_take_text_as_the_corpus_gives_it(monkeypatch):
+    monkeypatch.setattr(timing, "CONFIG", TINY)
+    args = Namespace(batch_size=2, no_compile=True)
+    text, device = torch.randint(1, 128, (600,), dtype=torch.uint8), torch.device("cpu")
+    timing.our_step(text, args, device)()
+    timing.plain_step(text, 2, device)()
+
+
 def every_text(length, vocab_size):
     return torch.tensor(list(itertools.product(range(1, vocab_size), repeat=length)))
 
@@ -130,12 +176,11 @@ def test_bounds_of_the_likelihood_benchmark_are_those_of_the_model():
 
 @torch.no_grad()
 def test_the_causal_twin_predicts_each_character_from_those_before_it():
-    model = random_model()
+    model = make_causal(random_model())
     x_0 = torch.randint(1, 128, (2, 32))
     changed = x_0.clone()
     changed[:, 20] = x_0[:, 20] % 127 + 1
-    with causal_attention():
-        before, after = next_nll(model, x_0, 0), next_nll(model, changed, 0)
+    before, after = (nll_of(next_log_p(model, x), x) for x in (x_0, changed))
     assert torch.equal(before[:, :20], after[:, :20])
     assert not torch.isclose(before[:, 20:], after[:, 20:]).all(0).any()
 
@@ -144,16 +189,15 @@ def test_the_causal_twin_predicts_each_character_from_those_before_it():
 @pytest.mark.parametrize("given", [0, 1, 9])
 def test_a_twin_that_keeps_keys_writes_what_one_that_recomputes_them_writes(given, monkeypatch):
     monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
-    model = random_model()
+    model, same = random_model(), random_model()
     x = x_plain = torch.randint(1, 128, (3, given))
-    kept = continue_causally([model, model], x, 32 - given, 0.8, row_generators(5, 3))
-    generators, t = row_generators(5, 3), torch.zeros(3, dtype=torch.long)
-    with causal_attention():
-        while x_plain.size(1) < 32:
-            shifted = torch.nn.functional.pad(x_plain, (1, 0))      # 0 is [MASK]
-            log_p = log_probs(model(shifted, t)[:, -1:], mask_token_id=0)
-            new = draw(log_p, 0.8, uniform(generators, log_p[..., 0]))
-            x_plain = torch.cat((x_plain, new), 1)
+    kept = continue_causally([model, same], x, 32 - given, 0.8, seeded(5))
+    generator, index = seeded(5), torch.zeros(3, dtype=torch.long)
+    make_causal(model)
+    while x_plain.size(1) < 32:
+        shifted = torch.nn.functional.pad(x_plain, (1, 0))          # 0 is [MASK]
+        new = draw(model(shifted, index)[:, -1:], 0.8, generator)
+        x_plain = torch.cat((x_plain, new), 1)
     assert torch.equal(kept, x_plain)
     assert model.cos.size(0) == 32  # the rotary tables are whole again
 
@@ -162,24 +206,61 @@ def test_a_twin_that_keeps_keys_writes_what_one_that_recomputes_them_writes(give
 def test_twins_write_from_the_average_of_their_probabilities(monkeypatch):
     monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
     twins, begin = [random_model(seed=1), random_model(seed=2)], torch.zeros(50, 1).long()
-    with causal_attention():
-        p = sum(log_probs(twin(begin, begin[:, 0]), 0).exp() for twin in twins) / 2
-    expected = draw(p.log(), 1.0, uniform(row_generators(0, 50), begin))
-    written = continue_causally(twins, begin[:, :0], 1, 1.0, row_generators(0, 50))
+    p = sum(twin(begin, begin[:, 0]).exp() for twin in twins) / 2  # of one character: causal or not
+    expected = draw(p.log(), 1.0, seeded(0))
+    written = continue_causally(twins, begin[:, :0], 1, 1.0, seeded(0))
     assert torch.equal(written, expected) and len(written.unique()) > 10
 
 
 def test_a_twin_writes_at_least_as_much_as_asked_and_the_same_for_the_same_seed():
-    text = causal_twin.write([random_model()], 200, seed=4, streams=3)
+    text = causal_twin.write([random_model()], 200, 1.0, seed=4, streams=3)
     assert 200 <= len(text) <= 200 + 3 * 16 + 2  # a half window more for each stream
-    assert text == causal_twin.write([random_model()], 200, seed=4, streams=3)
-    assert text != causal_twin.write([random_model()], 200, seed=5, streams=3)
+    assert text == causal_twin.write([random_model()], 200, 1.0, seed=4, streams=3)
+    assert text != causal_twin.write([random_model()], 200, 1.0, seed=5, streams=3)
+
+
+def test_the_fitted_temperature_is_that_of_the_text(monkeypatch):
+    """The text is drawn at 1.2 from twins whose probabilities are too sure of themselves."""
+    monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
+    twins = [make_causal(random_model(seed=1)), make_causal(random_model(seed=2))]
+    x = torch.empty(400, 0, dtype=torch.long)
+    x = continue_causally(twins, x, 32, 1.2, seeded(3))
+    fitted = causal_twin.fit_temperature(twins, x.flatten())
+    assert min(fitted, key=fitted.get) == pytest.approx(1.2, abs=0.05)
+    assert fitted[1.0] == pytest.approx(causal_twin.nats(twins, x.flatten()), abs=1e-5)
+
+
+def test_the_twins_weights_are_chosen_on_text_that_it_does_not_learn(tmp_path, monkeypatch):
+    """The text that is learned, held out and validates is told apart by its characters."""
+    text, val = (torch.tensor(list(part), dtype=torch.uint8) for part in (
+        b"a" * 600 + b"b" * 300, b"c" * 90))
+    learned, held_out = set(), iter([3.0, 1.0, 2.0])
+    next_log_p = causal_twin.next_log_p
+
+    def noted(network, x_0):
+        learned.update(x_0.unique().tolist())
+        return next_log_p(network, x_0)
+
+    def nats(twins, ids):
+        return next(held_out) if set(ids.tolist()) == {ord("b")} else 9.0
+
+    for name, value in {
+        "HELD_OUT": 300, "DiffusionConfig": lambda: TINY, "compiled": lambda model, B: model,
+        "load_corpus": lambda *_: (text, val, ""), "next_log_p": noted, "nats": nats,
+    }.items():
+        monkeypatch.setattr(causal_twin, name, value)
+    args = Namespace(steps=3, eval_interval=1, batch_size=9, weight_decay=0.1, seed=0,
+                     weights=tmp_path / "twin.pt", max_minutes=None)
+    causal_twin.train(args, torch.device("cpu"))
+    meta = load_weights(args.weights)[1]
+    assert learned == {ord("a")}
+    assert (meta["step"], meta["held_nll"], meta["val_nll"]) == (2, 1.0, 9.0)
 
 
 def test_the_twin_that_is_there_sets_the_mark_and_another_model_stays(tmp_path):
     path = tmp_path / "twin.pt"
     assert causal_twin.incumbent(path) == math.inf
-    save_weights(random_model(), {"causal": True, "val_nll": 1.5}, path)
+    save_weights(random_model(), {"held_nll": 1.5}, path)
     assert causal_twin.incumbent(path) == 1.5
     save_weights(random_model(), {"val_nelbo": 1.5}, path)
     with pytest.raises(BadInput, match="not a causal twin"):

@@ -2,24 +2,25 @@
 but hold no numbers. A tensor made on the wrong device raises."""
 
 import warnings
-from functools import partial
 from types import SimpleNamespace
-
-import model
-import sample
-import training
-from model import BadInput
 
 import pytest
 import torch
 from conftest import TINY
 from torch._subclasses import FakeTensorMode
 
+import model
+import sample
+import training
+from model import BadInput
+
 
 @pytest.fixture
 def cuda(monkeypatch):
     """A CUDA device without a driver."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    # Without a driver, autocast would switch itself off with a warning
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")
         try:
@@ -29,35 +30,37 @@ def cuda(monkeypatch):
         yield torch.device("cuda")
 
 
-def network_on(device):
+def network_on(device, dtype=torch.float32):
+    """A network there, without .to(), which fake parameters refuse."""
     with device:
-        return model.DiffusionTransformer(TINY)
+        network = model.DiffusionTransformer(TINY)
+    state = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
+    network.load_state_dict(state, assign=True)
+    network.cos, network.sin = (x.to(device, dtype) for x in (network.cos, network.sin))
+    return network
 
 
-def test_a_training_step_stays_on_its_device(cuda):
-    network = network_on(cuda)
-    args = SimpleNamespace(muon_learning_rate=0.02, learning_rate=3e-3, weight_decay=0.1)
-    optimizers = training.make_optimizers(network, args)
-    train = torch.zeros(500, dtype=torch.long, device=cuda)
-    x_0, x_t, masked, t, weight = training.draw_batch(train, TINY, 4, None)
-    assert {part.device.type for part in (x_0, x_t, masked, t, weight)} == {"cuda"}
-    with model.autocast(cuda):
-        logits = network(x_t, t)
-    loss = (model.masked_nll(logits, x_0, masked, 0) * weight).sum()
+def test_a_training_step_stays_on_its_device_and_multiplies_in_bfloat16(cuda):
+    network, types = network_on(cuda), []
+    optimizers = training.make_optimizers(network, 0.02, weight_decay=0.1)
+    network.output_head.register_forward_hook(lambda *call: types.append(call[-1].dtype))
+    text = torch.zeros(500, dtype=torch.uint8, device=cuda)
+    batch = training.draw_batch(text, TINY, 4, None)
+    assert {part.device.type for part in batch} == {"cuda"}
+    loss = training.batch_loss(network, batch)
+    assert types == [torch.bfloat16]
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)  # the backward pass itself wants a real device
     training.update(network, optimizers, factor=0.5)
-    assert loss.device.type == "cuda" and logits.shape == (4, 32, 128)
+    assert loss.device.type == "cuda" and loss.shape == ()
     assert all(p.device.type == "cuda" for p in network.parameters())
 
 
 def test_distillation_stays_on_its_device(cuda):
-    teachers = [network_on(cuda) for _ in range(2)]
-    train = torch.zeros(500, dtype=torch.long, device=cuda)
-    x_0, x_t, masked, t, _ = training.draw_batch(train, TINY, 4, None)
-    log_q = training.ask(teachers, x_t, t)
-    loss = training.teacher_nll(log_q, log_q, masked, 0)
-    assert loss.device.type == "cuda" and log_q.shape == (4, 32, 128)
+    text = torch.zeros(500, dtype=torch.uint8, device=cuda)
+    batch = training.draw_batch(text, TINY, 4, None)
+    loss = training.batch_loss(network_on(cuda), batch, teacher=network_on(cuda))
+    assert loss.device.type == "cuda" and loss.shape == ()
 
 
 def test_the_bound_stays_on_its_device(cuda):
@@ -79,26 +82,17 @@ def without_generator(function):
     return call
 
 
-@pytest.mark.parametrize("rule", [
-    partial(sample.threshold, tau=0.9), partial(sample.top_k, k=3),
-    partial(sample.gumbel_top_k, k=3), partial(sample.ancestral, steps=9),
-    partial(sample.left_to_right, k=1), sample.everything,
-], ids=["threshold", "top-k", "gumbel-top-k", "ancestral", "left-to-right", "everything"])
+@pytest.mark.parametrize("rule", [rule for rule, _ in sample.METHODS.values()])
 def test_a_step_of_denoising_stays_on_its_device(rule, cuda):
-    """One step by hand: the loop itself asks for numbers, to know which rows are finished."""
-    network = network_on(cuda)
-    x = torch.zeros(2, 32, dtype=torch.long, device=cuda)
-    generators = sample.row_generators(0, 2)
-    masked = x == 0
-    with model.autocast(cuda):
-        logits = network(x, model.noise_index(masked, 128))
-    log_p = model.log_probs(logits, 0)
-    chosen = sample.draw(log_p, 0.7, sample.uniform(generators, x))
-    unmask_time = sample.uniform(generators, x)
-    proposal = sample.Proposal(log_p, chosen, masked, unmask_time, generators)
-    unmask = rule(proposal)
-    assert unmask.device.type == "cuda" and unmask.dtype == torch.bool
-    assert torch.where(unmask & masked, chosen, x).device.type == "cuda"
+    """One rule at a time: the loop itself asks for a number, to know when it is finished."""
+    network = network_on(cuda, torch.bfloat16)
+    x, generator = torch.zeros(2, 32, dtype=torch.long, device=cuda), torch.Generator()
+    masked, unmask_time = x == 0, sample.uniform(x, generator)
+    log_p = network(x, model.noise_index(masked, 128))
+    chosen = sample.draw(log_p, 0.7, generator)
+    unmask = rule(sample.Proposal(log_p, chosen, masked, unmask_time))
+    assert log_p.dtype == torch.float32 and unmask.dtype == torch.bool
+    assert log_p.device.type == chosen.device.type == unmask.device.type == "cuda"
 
 
 def no_kernel(*_, **__):
@@ -108,10 +102,9 @@ def no_kernel(*_, **__):
 def test_auto_falls_back_where_the_build_has_no_kernels(monkeypatch, capsys):
     """An NVIDIA card that is older than the wheel."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     ones = torch.ones
     monkeypatch.setattr(
-        torch, "ones", lambda *a, device: no_kernel() if device.type == "cuda" else ones(*a)
+        torch, "ones", lambda *a, device: ones(*a) if device == "cpu" else no_kernel()
     )
     assert model.pick_device("auto") == torch.device("cpu")
     assert "no kernel image" in capsys.readouterr().err
@@ -119,9 +112,22 @@ def test_auto_falls_back_where_the_build_has_no_kernels(monkeypatch, capsys):
         model.pick_device("cuda")
 
 
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("missing", TORCHRUN)
+def test_part_of_what_torchrun_sets_makes_no_processes(missing, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    args = SimpleNamespace(batch_size=3, device="cpu")
+    assert training.start_processes(args) == (0, 1, torch.device("cpu"))
+
+
 def test_torchrun_refuses_mps_and_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     args = SimpleNamespace(batch_size=4, device="mps")
     monkeypatch.setattr(training, "pick_device", torch.device)
     with pytest.raises(BadInput, match="mps"):
@@ -129,5 +135,5 @@ def test_torchrun_refuses_mps_and_more_processes_than_gpus(monkeypatch):
     args.device = "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(BadInput, match="1 GPUs"):
+    with pytest.raises(BadInput, match="there are 1"):
         training.start_processes(args)

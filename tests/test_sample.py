@@ -6,45 +6,25 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-import sample
-from model import BadInput, DiffusionConfig, autocast, pick
-from sample import (
-    Proposal,
-    SamplerConfig,
-    ancestral,
-    denoise,
-    draft_and_correct,
-    draw,
-    everything,
-    generate,
-    gumbel_top_k,
-    infill,
-    left_to_right,
-    row_generators,
-    threshold,
-    top_k,
-    uniform,
-)
-
 import pytest
 import torch
 from benchmark_sampling import cosine_ancestral, entropy_bound, factor, leftmost, margin
 from conftest import (
-    TINY,
-    TableModel,
-    assert_one_clear_line,
-    last,
-    launch,
-    partly_masked,
-    random_model,
-    script,
+    TINY, TableModel, assert_one_clear_line, last, launch, partly_masked, random_model, script,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-not_windows = pytest.mark.skipif(sys.platform == "win32", reason="uses /dev")
+import sample
+from model import DiffusionConfig, save_weights
+from sample import (
+    Proposal, SamplerConfig, ancestral, denoise, dilated, draft_and_correct, draw, everything, fill,
+    gumbel_top_k, left_to_right, threshold, top_k, uniform,
+)
 
 RULES = {
+    "dilated": dilated,
+    "dilated, five turns": partial(dilated, turns=5),
     "threshold": partial(threshold, tau=0.1),
     "top-k": partial(top_k, k=3),
     "ancestral": partial(ancestral, steps=9),
@@ -59,14 +39,17 @@ RULES = {
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 @every_rule
 @settings(max_examples=15, deadline=None)
 @given(length=st.integers(1, 32), share=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
        seed=st.integers(0, 999), temperature=st.sampled_from([0, 0.7, 1.5]))
 def test_every_state_keeps_what_is_known_and_unmasks_more(rule, length, share, seed, temperature):
     x = partly_masked(3, length, share, seed)
-    states = list(denoise(random_model(), x, rule, temperature, row_generators(seed, 3)))
-    assert torch.equal(states[0], x)
+    states = [x, *denoise(random_model(), x, rule, temperature, seeded(seed))]
     for before, after in itertools.pairwise(states):
         known = before != 0
         assert torch.equal(after[known], before[known])
@@ -77,19 +60,17 @@ def test_every_state_keeps_what_is_known_and_unmasks_more(rule, length, share, s
 
 
 @every_rule
-def test_a_row_does_not_depend_on_the_others_in_its_batch(rule):
-    model, x = random_model(), partly_masked(8, 32, 0.7, seed=1)
-    together = last(denoise(model, x, rule, 0.9, row_generators(5, 8)))
-    for row in range(8):
-        alone = last(denoise(model, x[row : row + 1], rule, 0.9, row_generators(5 + row, 1)))
-        assert torch.equal(alone[0], together[row])
-
-
-@every_rule
 def test_same_seed_same_text_and_another_seed_another_text(rule):
     model, x = random_model(), torch.zeros(1, 32, dtype=torch.long)
-    texts = [last(denoise(model, x, rule, 1.0, row_generators(seed, 1))) for seed in (3, 3, 4)]
+    texts = [last(denoise(model, x, rule, 1.0, seeded(seed))) for seed in (3, 3, 4)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+def test_neighbouring_seeds_share_no_sample():
+    """Row r of seed s was once row r - 1 of seed s + 1."""
+    model, x = random_model(), torch.zeros(8, 32, dtype=torch.long)
+    rows = torch.cat([last(denoise(model, x, dilated, 1.0, seeded(seed))) for seed in (0, 1, 2)])
+    assert len(rows.unique(dim=0)) == 24
 
 
 def plain_top_k(model, ids, k):
@@ -97,13 +78,11 @@ def plain_top_k(model, ids, k):
     ids, S = list(ids), model.config.diffusion_steps
     while 0 in ids:
         t = math.ceil(S * ids.count(0) / len(ids))
-        with autocast(torch.device("cpu")):
-            logits = model(torch.tensor([ids]), torch.tensor([t - 1]))[0].float()
+        p = model(torch.tensor([ids]), torch.tensor([t - 1]))[0].exp()
         ranked = []
         for position, i in enumerate(ids):
             if i == 0:
-                p = logits[position, 1:].softmax(0)
-                ranked.append((p.max().item(), position, int(p.argmax()) + 1))
+                ranked.append((p[position].max().item(), position, int(p[position].argmax())))
         for _, position, character in sorted(ranked, reverse=True)[:k]:
             ids[position] = character
     return ids
@@ -112,7 +91,7 @@ def plain_top_k(model, ids, k):
 @torch.no_grad()
 def test_the_loop_agrees_with_a_slow_plain_one():
     model, x = random_model(), partly_masked(4, 32, 0.8, seed=2)
-    fast = last(denoise(model, x, partial(top_k, k=3), 0, row_generators(0, 4)))
+    fast = last(denoise(model, x, partial(top_k, k=3), 0, seeded()))
     assert fast.tolist() == [plain_top_k(model, row.tolist(), 3) for row in x]
 
 
@@ -123,9 +102,7 @@ def exact_reverse_process(model, steps):
     for t in range(steps, 0, -1):
         after = {}
         for x, weight in states.items():
-            logits = model(torch.tensor([x]), None)[0].clone()
-            logits[:, 0] = -math.inf
-            p = logits.softmax(-1).tolist()
+            p = model(torch.tensor([x]), None)[0].exp().tolist()
             options = []
             for i, character in enumerate(x):
                 stay = [(0, 1 - 1 / t)] if t > 1 else []
@@ -145,8 +122,8 @@ def left_to_right_distribution(model):
     for x_0 in itertools.product(range(1, V), repeat=L):
         probability = 1.0
         for i in range(L):
-            logits = model(torch.tensor([[*x_0[:i], *[0] * (L - i)]]), None)[0, i]
-            probability *= logits[1:].softmax(0)[x_0[i] - 1].item()
+            log_p = model(torch.tensor([[*x_0[:i], *[0] * (L - i)]]), None)[0, i]
+            probability *= log_p.exp()[x_0[i]].item()
         total[x_0] = probability
     return total
 
@@ -161,7 +138,7 @@ def test_sampling_draws_from_the_exact_distribution(rule, distribution):
     model, n = TableModel(config, seed=1), 40_000
     expected = distribution(model)
     assert sum(expected.values()) == pytest.approx(1)
-    x = last(denoise(model, torch.zeros(n, 3, dtype=torch.long), rule, 1, row_generators(0, n)))
+    x = last(denoise(model, torch.zeros(n, 3, dtype=torch.long), rule, 1, seeded()))
     found, counts = x.unique(dim=0, return_counts=True)
     observed = dict(zip(map(tuple, found.tolist()), counts.tolist(), strict=True))
     chi2 = sum((observed.get(x_0, 0) - n * p) ** 2 / (n * p) for x_0, p in expected.items())
@@ -169,10 +146,9 @@ def test_sampling_draws_from_the_exact_distribution(rule, distribution):
     assert chi2 < degrees + 4 * math.sqrt(2 * degrees)
 
 
-def test_rows_draw_from_generators_of_their_own():
-    like = torch.zeros(64, 256)
-    generators = row_generators(7, 64)
-    u = torch.stack([uniform(generators, like) for _ in range(8)])          # (8, 64, 256)
+def test_random_numbers_are_uniform_and_independent():
+    like, generator = torch.zeros(64, 256), seeded(7)
+    u = torch.stack([uniform(like, generator) for _ in range(8)])           # (8, 64, 256)
     assert ((u >= 0) & (u < 1)).all()
     centred = u - 0.5
     neighbours = (
@@ -181,33 +157,36 @@ def test_rows_draw_from_generators_of_their_own():
     )
     for a, b in neighbours:
         assert abs(12 * (a * b).mean() * math.sqrt(a.numel())) < 4.5
-    alone = row_generators(7 + 9, 1)
-    assert torch.equal(torch.cat([uniform(alone, like[:1]) for _ in range(8)]), u[:, 9])
+
+
+def numbers(u, monkeypatch):
+    monkeypatch.setattr(sample, "uniform", lambda x, generator: u)
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 1e-6, 0.5, 100])
-def test_every_temperature_draws_characters_that_have_a_probability(temperature):
+def test_every_temperature_draws_characters_that_have_a_probability(temperature, monkeypatch):
     log_p = torch.randn(3, 50, 128).masked_fill(torch.arange(128) == 0, -math.inf).log_softmax(-1)
     for u in (torch.zeros(3, 50), torch.rand(3, 50), torch.full((3, 50), 1 - 2**-24)):
-        drawn = draw(log_p, temperature, u)
+        numbers(u, monkeypatch)
+        drawn = draw(log_p, temperature, None)
         assert ((drawn > 0) & (drawn < 128)).all()
         if temperature < 1e-5:
             assert torch.equal(drawn, log_p.argmax(-1))
 
 
-def test_characters_are_drawn_with_their_tempered_probabilities():
+def test_characters_are_drawn_with_their_tempered_probabilities(monkeypatch):
     log_p = torch.tensor([-math.inf, math.log(0.5), math.log(0.3), math.log(0.2)])
-    u = (torch.arange(10_000) + 0.5)[None] / 10_000
-    drawn = draw(log_p.expand(1, 10_000, 4), 0.5, u)
+    numbers((torch.arange(10_000) + 0.5)[None] / 10_000, monkeypatch)
+    drawn = draw(log_p.expand(1, 10_000, 4), 0.5, None)
     expected = torch.tensor([0, 0.25, 0.09, 0.04]) / 0.38
     shares = drawn.flatten().bincount(minlength=4) / 10_000
     torch.testing.assert_close(shares, expected, rtol=0, atol=2e-4)
-    assert (draw(log_p.expand(1, 10_000, 4), 0, u) == 1).all()
+    assert (draw(log_p.expand(1, 10_000, 4), 0, None) == 1).all()
 
 
 def proposal(p, chosen, masked):
     p, chosen, masked = torch.tensor(p), torch.tensor(chosen), torch.tensor(masked)
-    return Proposal(p.log(), chosen, masked, torch.rand(chosen.shape), row_generators(0, 1))
+    return Proposal(p.log(), chosen, masked, torch.rand(chosen.shape))
 
 
 def test_rules_unmask_what_their_papers_say():
@@ -228,7 +207,7 @@ def test_gumbel_noise_draws_places_in_proportion_to_confidence():
     log_p = torch.stack(log_p, 1).expand(n, 4, 3)
     masked = torch.tensor([True, True, True, False]).expand(n, 4)
     chosen = torch.ones(n, 4, dtype=torch.long)
-    seen = Proposal(log_p, chosen, masked, torch.rand(n, 4), row_generators(0, n))
+    seen = Proposal(log_p, chosen, masked, torch.rand(n, 4))
     first = gumbel_top_k(seen, k=1)
     assert (first.sum(1) == 1).all()
     expected = torch.tensor([0.6, 0.3, 0.1, 0.0])
@@ -236,10 +215,34 @@ def test_gumbel_noise_draws_places_in_proportion_to_confidence():
     assert torch.equal(gumbel_top_k(seen, k=3), masked)
 
 
+@pytest.mark.parametrize("turns, order", [
+    (8, [0, 4, 2, 6, 1, 5, 3, 7]), (4, [0, 2, 1, 3]), (1, [0]), (6, [0, 4, 2, 1, 5, 3]),
+])
+def test_dilated_unmasks_characters_that_stand_apart_in_mirrored_order(turns, order):
+    unmask_time = torch.full((1, 24), 0.0)
+    masked, seen = torch.ones(1, 24, dtype=torch.bool), []
+    while masked.any():
+        unmask = dilated(Proposal(None, None, masked, unmask_time), turns)
+        places = unmask.nonzero()[:, 1]
+        assert (places.diff() == turns).all()
+        seen.append(int(places[0]))
+        masked = masked & ~unmask
+    assert seen == order
+
+
+def test_dilated_begins_at_random_places_and_needs_no_more_calls_than_turns():
+    x, calls = torch.zeros(400, 32, dtype=torch.long), []
+    first = dilated(Proposal(None, None, x == 0, uniform(x, seeded())), 8).float().mean(0)
+    assert (first - 1 / 8).abs().max() < 4.5 * math.sqrt(7 / 64 / 400)
+    for calls in (list(denoise(random_model(), x[:2], partial(dilated, turns=n), 1.0, seeded()))
+                  for n in (1, 8, 13)):
+        assert len(calls) in (1, 8, 13)
+
+
 def test_leftmost_confines_each_step():
     model, x = random_model(), partly_masked(2, 32, 0.9, seed=3)
     rule = partial(leftmost, rule=partial(top_k, k=2), width=3)
-    for before, after in itertools.pairwise(denoise(model, x, rule, 1.0, row_generators(0, 2))):
+    for before, after in itertools.pairwise([x, *denoise(model, x, rule, 1.0, seeded())]):
         for row in range(2):
             open_before = (before[row] == 0).nonzero().flatten().tolist()
             unmasked = [i for i in open_before if after[row, i] != 0]
@@ -251,12 +254,12 @@ def test_leftmost_confines_each_step():
 
 def test_correcting_rewrites_each_open_character_once_a_sweep_and_no_other():
     model, x = random_model(), partly_masked(3, 32, 0.5, seed=4)
-    open_to_change = x == 0
+    open_to_change, remasked = x == 0, []
     config = SamplerConfig(sweeps=3, stride=4)
-    states = list(draft_and_correct(model, x, config, row_generators(0, 3)))
-    remasked = [(after == 0) & (before != 0) for before, after in itertools.pairwise(states)]
-    assert (sum(r.int() for r in remasked) == 3 * open_to_change).all()
-    assert (states[-1] != 0).all() and torch.equal(states[-1][~open_to_change], x[~open_to_change])
+    model.register_forward_hook(lambda module, inputs, log_p: remasked.append(inputs[0] == 0))
+    *_, result = draft_and_correct(model, x, open_to_change, config, seeded())
+    assert (sum(r.int() for r in remasked[-12:]) == 3 * open_to_change).all()
+    assert (result != 0).all() and torch.equal(result[~open_to_change], x[~open_to_change])
 
 
 @torch.no_grad()
@@ -270,87 +273,100 @@ def test_correcting_at_temperature_one_leaves_the_models_own_distribution_alone(
             super().__init__()
             self.config = config
 
-        def forward(self, x_t, t, at):
+        def forward(self, x_t, index):
             p = torch.full((len(x_t), 2, 3), 1e-9)
             for i, table in ((0, joint), (1, joint.T)):
                 other = x_t[:, 1 - i]
                 conditional = table[:, (other - 1).clamp(min=0)].T
                 p[:, i, 1:] = torch.where((other == 0)[:, None], table.sum(1), conditional)
-            return pick(p.log(), at)
+            return p.log()
 
     n = 20_000
     how = SamplerConfig(everything, 1.0, sweeps=8, sweep_temperature=1.0, stride=2)
     blank = torch.zeros(n, 2, dtype=torch.long)
-    x = last(draft_and_correct(Exact(), blank, how, row_generators(0, n)))
+    x = last(draft_and_correct(Exact(), blank, blank == 0, how, seeded()))
     places = x[:, 0] - 1, x[:, 1] - 1
     counts = torch.zeros(2, 2).index_put(places, torch.ones(n), accumulate=True)
     assert ((counts - n * joint) ** 2 / (n * joint)).sum() < 3 + 4 * math.sqrt(6)
 
 
-def ids(text, num_rows=1):
-    return torch.tensor([list(text.encode())], dtype=torch.long).expand(num_rows, -1)
+def ids(text):
+    return torch.tensor([list(text.encode())], dtype=torch.long)
 
 
-def continuation(prompt, num_blocks, config, seed=1, num_rows=1):
-    """The blocks that continue a prompt, (B, n) each."""
-    generators = row_generators(seed, num_rows)
-    return list(generate(random_model(), ids(prompt, num_rows), num_blocks, config, generators))
+def continuation(prompt, num_blanks, config, model=None):
+    """How much is final after every window, and the whole text (1, N)."""
+    x = torch.cat((ids(prompt), torch.zeros(1, num_blanks, dtype=torch.long)), 1)
+    *states, (x, final) = fill(model or random_model(), x, config, seeded(1))
+    return [final for _, final in states] + [final], x
 
 
-SHORT = SamplerConfig(block_len=8, context_len=8)
+SHORT = SamplerConfig(block_len=8, lookback=8)
 
 
-def test_blocks_continue_one_another():
-    blocks = continuation("To be", 4, SHORT)
-    assert [x.size(1) for x in blocks] == [6, 8, 8, 10]  # two characters are held back at a time
-    blocks = continuation("To be", 4, SamplerConfig(sweeps=0, block_len=8, context_len=8))
-    assert [x.size(1) for x in blocks] == [8, 8, 8, 8]
+def test_windows_continue_one_another_and_hold_back_half_the_lookback():
+    finals, x = continuation("To be", 32, SHORT)
+    assert finals == [9, 17, 25, 37] and (x != 0).all()
+    assert x[0, :5].tolist() == list(b"To be")
+    finals, _ = continuation("To be", 32, replace(SHORT, sweeps=0))
+    assert finals == [13, 21, 29, 37]
 
 
-def test_only_the_end_of_a_prompt_conditions():
-    config = SamplerConfig(block_len=8, context_len=5)
-    one, other = (continuation(prompt, 3, config) for prompt in ("And so To be", "xyz To be"))
-    assert torch.equal(torch.cat(one, 1), torch.cat(other, 1))
+def test_what_is_final_does_not_change():
+    states = list(fill(random_model(), torch.zeros(2, 50, dtype=torch.long), SHORT, seeded()))
+    for (before, final), (after, _) in itertools.pairwise(states):
+        assert torch.equal(before[:, :final], after[:, :final])
 
 
-def test_samples_are_the_same_alone_and_in_a_batch():
-    batch = torch.cat(continuation("A", 2, SHORT, seed=10, num_rows=8), 1)
-    for row in range(8):
-        alone = torch.cat(continuation("A", 2, SHORT, seed=10 + row), 1)
-        assert torch.equal(alone[0], batch[row])
+def test_only_the_end_of_a_prompt_conditions_a_continuation():
+    config = replace(SHORT, lookback=5)
+    _, one = continuation("And so To be", 24, config)
+    _, other = continuation("xyzXYZ To be", 24, config)
+    assert torch.equal(one[:, 12:], other[:, 12:])
+
+
+def test_a_gap_sees_the_text_on_both_sides():
+    model, seen = random_model(), []
+    model.register_forward_hook(lambda module, inputs, log_p: seen.append(inputs[0]))
+    x = partly_masked(1, 100, 0, seed=0)
+    x[0, 50:53] = 0
+    list(fill(model, x, SamplerConfig(), seeded()))
+    assert torch.equal(seen[0], x[:, 42:74])  # a quarter of the window of 32 before the gap
 
 
 @settings(max_examples=60, deadline=None)
 @given(sequence_len=st.integers(1, 12), block_len=st.none() | st.integers(1, 14),
-       context_len=st.none() | st.integers(0, 14), prompt=st.integers(0, 20),
-       sweeps=st.integers(0, 1))
-def test_every_block_and_context_length_works_or_is_refused(
-    sequence_len, block_len, context_len, prompt, sweeps
+       lookback=st.none() | st.integers(0, 14), prompt=st.integers(0, 20), sweeps=st.integers(0, 1))
+def test_every_block_and_lookback_works_or_is_refused(
+    sequence_len, block_len, lookback, prompt, sweeps
 ):
-    model = random_model(replace(TINY, sequence_len=sequence_len, context_len=0))
-    config = SamplerConfig(sweeps=sweeps, block_len=block_len, context_len=context_len)
-    blocks = generate(model, ids("x" * prompt), 2, config, row_generators(0, 1))
-    if (block_len or 1) + (context_len or 0) > sequence_len:
-        with pytest.raises(BadInput, match=f"sequence length of {sequence_len}"):
-            list(blocks)
-    elif block_len is None and context_len is not None:
-        try:
-            assert torch.cat(list(blocks), 1).size(1) == 2 * config.lengths(sequence_len)[0]
-        except BadInput as error:
-            assert "exceed" in str(error)
+    flags = [f"--block-len={block_len}"] * bool(block_len) + [f"--sweeps={sweeps}"]
+    flags += [f"--lookback={lookback}"] * (lookback is not None)
+    args = sample.parse_arguments(flags)
+    if (block_len or max(1, sequence_len // 2)) + (lookback or 0) > sequence_len:
+        with pytest.raises(sample.BadInput, match=f"sequence length of {sequence_len}"):
+            sample.sampler_config(args, sequence_len)
     else:
-        assert torch.cat(list(blocks), 1).size(1) == 2 * config.lengths(sequence_len)[0]
+        model = random_model(replace(TINY, sequence_len=sequence_len, context_len=0))
+        config = sample.sampler_config(args, sequence_len)
+        _, x = continuation("x" * prompt, 20, config, model)
+        assert x.size(1) == prompt + 20 and (x != 0).all()
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.text("abc _\n", max_size=150), st.integers(1, 3), st.sampled_from([1, 2, 5, 32]))
-def test_infilling_touches_gaps_alone_however_long_the_text(text, num_samples, sequence_len):
+@given(st.text("abc _\n", min_size=1, max_size=150).filter(lambda text: "_" in text),
+       st.integers(1, 3), st.sampled_from([1, 2, 5, 32]))
+def test_filling_touches_gaps_alone_however_long_the_text(text, num_samples, sequence_len):
     model = random_model(replace(TINY, sequence_len=sequence_len, context_len=0))
-    filled = infill(model, text, num_samples, SamplerConfig(), seed=2)
-    assert len(filled) == num_samples
-    for result in filled:
-        assert len(result) == len(text) and "\0" not in result
-        assert all(a == b for a, b in zip(text, result, strict=True) if a != "_")
+    x = ids(text)
+    gaps = x == ord("_")
+    filled = x.masked_fill(gaps, 0).repeat(num_samples, 1)
+    finals = [0]
+    for filled, final in fill(model, filled, SamplerConfig(block_len=1, lookback=0), seeded(2)):
+        assert final > finals[-1] and (filled[:, :final] != 0).all()
+        finals.append(final)
+    assert final == x.size(1) and (filled != 0).all()
+    assert torch.equal(filled[:, ~gaps[0]], x[:, ~gaps[0]].expand(num_samples, -1))
 
 
 # ---- the command
@@ -358,22 +374,53 @@ def test_infilling_touches_gaps_alone_however_long_the_text(text, num_samples, s
 
 def test_sample_prints_text_alone_to_stdout_from_any_folder(tiny_weights, tmp_path, command):
     prompt = "ROMEO: a long prompt is printed whole"
-    arguments = ["--weights", tiny_weights, "--block-len", 8, "--context-len", 8, "--num-blocks", 3,
+    arguments = ["--weights", tiny_weights, "--block-len", 8, "--lookback", 8, "--num-blocks", 3,
                  "--prompt", prompt]
     process = script("sample.py", *arguments, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith(prompt) and len(process.stdout) == len(prompt) + 24 + 1
-    assert "24 characters in" in process.stderr and "network calls" in process.stderr
+    assert "24 characters in" in process.stderr
     # The pipe is read in text mode, which turns \r into \n
     assert command(sample.main, *arguments).stdout.replace("\r", "\n") == process.stdout
 
 
-def test_sample_separates_several_samples_and_fills_gaps(tiny_weights, command, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("To __ or not"))
+def test_without_a_prompt_text_begins_where_a_speaker_does(tiny_weights, command):
+    """Two line ends are an unseen prompt."""
+    alone = command(sample.main, "--weights", tiny_weights, "--num-blocks", 2).stdout
+    given = command(sample.main, "--weights", tiny_weights, "--num-blocks", 2, "--prompt", "\n\n")
+    assert given.stdout == "\n\n" + alone and len(alone) == 2 * 16 + 1
+
+
+def test_sample_separates_several_samples_and_fills_gaps(tiny_weights, command, stdin):
+    stdin(b"\xef\xbb\xbfTo __ or not")  # with a byte order mark
     process = command(sample.main, "--weights", tiny_weights, "--num-samples", 3, "--infill", "-")
     texts = re.split(r"\n*----- sample \d -----\n", process.stdout)
     assert len(texts) == 3
     assert all(text.startswith("To ") and text.rstrip("\n").endswith(" or not") for text in texts)
+
+
+def test_line_ends_of_windows_are_line_ends(tiny_weights, tmp_path, command, stdin):
+    prompt = "ROMEO:\nGood morrow.\n"
+    (tmp_path / "crlf.txt").write_bytes(prompt.replace("\n", "\r\n").encode())
+    flags = ["--weights", tiny_weights, "--num-blocks", 1]
+    expected = command(sample.main, *flags, "--prompt", prompt).stdout
+    assert command(sample.main, *flags, "--prompt-file", tmp_path / "crlf.txt").stdout == expected
+    assert command(sample.main, *flags, "--prompt", prompt.replace("\n", "\r\n")).stdout == expected
+    stdin(b"a\r\n_")
+    assert command(sample.main, *flags[:2], "--infill", "-").stdout.startswith("a\n")
+
+
+def test_weights_of_sequence_length_1_write_and_fill(tmp_path, command):
+    save_weights(random_model(replace(TINY, sequence_len=1, context_len=0)), {}, tmp_path / "w.pt")
+    for arguments in (["--num-blocks", 5], ["--infill", "a__b_"]):
+        process = command(sample.main, "--weights", tmp_path / "w.pt", *arguments)
+        assert process.returncode == 0 and len(process.stdout) == 5 + 1
+
+
+def test_a_prompt_longer_than_a_window_is_continued(command):
+    prompt = "ROMEO:\n" + 12 * "What light through yonder window breaks?\n"
+    process = command(sample.main, "--num-blocks", 1, "--prompt", prompt)
+    assert process.stdout.startswith(prompt) and len(process.stdout) == len(prompt) + 128 + 1
 
 
 @pytest.mark.parametrize("arguments", [
@@ -392,7 +439,7 @@ def test_a_terminal_shows_what_a_pipe_gets(arguments, command, screen):
 
 
 def test_a_closed_pipe_ends_quietly(tiny_weights):
-    process = launch("sample.py", "--weights", tiny_weights, "--block-len", 8, "--context-len", 8,
+    process = launch("sample.py", "--weights", tiny_weights, "--block-len", 8, "--lookback", 8,
                      "--num-blocks", 100_000)
     process.stdout.read(1)
     process.stdout.close()
@@ -401,42 +448,35 @@ def test_a_closed_pipe_ends_quietly(tiny_weights):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--temperature", "-1"], ["-1", "at least 0"]),
-    (["--temperature", "nan"], ["nan"]),
-    (["--temperature", "warm"], ["warm"]),
-    (["--threshold", "0"], ["'0'", "above 0"]),
-    (["--threshold", "1.5"], ["1.5", "at most 1"]),
-    (["--k", "0"], ["'0'", "at least 1"]),
-    (["--steps", "2.5"], ["2.5", "whole"]),
-    (["--num-blocks", "-3"], ["-3", "at least 1"]),
-    (["--num-samples", "0"], ["'0'"]),
+    (["--temperature", "-1"], ["-1", "from 0"]),
+    (["--temperature", "warm"], ["warm", "float"]),
+    (["--tau", "1.5"], ["1.5", "to 1"]),
+    (["--k", "0"], ["'0'", "from 1"]),
+    (["--turns", "2.5"], ["2.5", "int"]),
+    (["--num-samples", "999999999999"], ["999999999999", "to 10000"]),
     (["--method", "magic"], ["magic", "ancestral"]),
-    (["--device", "cuda:9"], ["cuda:9"]),
+    (["--method", "threshold", "--k", "3"], ["--k", "threshold", "--tau"]),
+    (["--k", "3"], ["--k", "dilated", "--turns"]),
     (["--device", "toaster"], ["toaster"]),
     (["--prompt", "na\u00efve"], ["\u00ef", "position 2"]),
-    (["--infill", "na\u00efve _"], ["\u00ef", "position 2"]),
+    (["--infill", "caf\udce9 _"], ["position 3"]),
     (["--prompt-file", "nowhere.txt"], ["nowhere.txt"]),
-    (["--block-len", "30", "--context-len", "20"], ["30", "20", "32"]),
-    (["--block-len", "33"], ["33", "32"]),
-    (["--block-len", "300"], ["300", "32"]),
-    (["--infill", "a _", "--prompt", "b"], ["--prompt", "--infill"]),
-    (["--infill", "a _", "--num-blocks", "3"], ["--num-blocks", "--infill"]),
-    (["--method", "threshold", "--k", "3"], ["--k", "threshold"]),
-    (["--sweeps", "0", "--stride", "3"], ["--stride", "--sweeps"]),
-    (["--method", "left-to-right", "--sweep-temperature", "1"], ["--sweep-temperature"]),
-    (["--steps", "3"], ["--steps", "gumbel-top-k"]),
-    (["--prompt", "caf\udce9"], ["not UTF-8", "position 3"]),
-    (["--infill", "caf\udce9 _"], ["not UTF-8", "position 3"]),
-    (["--seed", "99999999999999999999"], ["99999999999999999999", "at most"]),
-    (["--temperature", "1e39"], ["1e39", "at most 100"]),
-    (["--num-samples", "999999999999"], ["999999999999", "at most"]),
+    (["--prompt-file", ""], ["."]),
+    (["--block-len", "30", "--lookback", "20"], ["30", "20", "32"]),
+    (["--block-len", "32", "--prompt", "a"], ["32", "prompt"]),
+    (["--infill", "a _", "--prompt", "b"], ["--infill", "--prompt"]),
+    (["--infill", "To be, or [MASK]"], ["no gap", "underscore"]),
+    (["--infill", ""], ["no gap"]),
     (["--weights", "."], ["weights file ."]),
-    (["--prompt-file", "."], ["."]),
-    pytest.param(["--prompt-file", "/dev/zero"], ["/dev/zero", "device"], marks=not_windows),
     (["--weights", "nowhere.pt"], ["nowhere.pt", "training.py"]),
 ])
 def test_bad_input_to_sample_is_one_line(arguments, words, tiny_weights, command):
     assert_one_clear_line(command(sample.main, "--weights", tiny_weights, *arguments), *words)
+
+
+def test_a_block_as_long_as_the_model_needs_no_prompt(tiny_weights, command):
+    process = command(sample.main, "--weights", tiny_weights, "--block-len", 32, "--num-blocks", 1)
+    assert process.returncode == 0 and len(process.stdout) == 32 + 1, process.stderr
 
 
 def test_the_temperature_may_be_tiny(tiny_weights, command):
@@ -445,31 +485,26 @@ def test_the_temperature_may_be_tiny(tiny_weights, command):
     assert process.returncode == 0 and len(process.stdout) == 16 + 1, process.stderr
 
 
-@pytest.mark.parametrize("stdin, words", [(b"caf\xe9 ___", "not UTF-8"), (None, "closed")])
-def test_bad_stdin_is_one_line(stdin, words, tiny_weights, command, monkeypatch):
-    stream = stdin and io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", stream)
+@pytest.fixture
+def stdin(monkeypatch):
+    def feed(raw):
+        stream = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    return feed
+
+
+def test_bad_stdin_is_one_line(tiny_weights, command, stdin):
+    stdin(b"caf\xe9 ___")
     process = command(sample.main, "--weights", tiny_weights, "--infill", "-")
-    assert_one_clear_line(process, "stdin", words)
+    assert_one_clear_line(process, "-", "utf-8", "0xe9", "position 3")
 
 
-def test_multibyte_characters_survive_the_edge_of_a_block(tiny_weights, command, monkeypatch):
+def test_multibyte_characters_survive_the_edge_of_a_window(tiny_weights, command, monkeypatch):
     text = "caf\u00e9 \u2603 \U0001f600!"
     raw = torch.tensor([list(text.encode())])
-    monkeypatch.setattr(sample, "generate", lambda *_: iter(raw.split(1, dim=1)))
-    process = command(sample.main, "--weights", tiny_weights)
+    ends = range(1, raw.size(1) + 1)
+    monkeypatch.setattr(sample, "text_to_fill", lambda *_: raw[0])
+    monkeypatch.setattr(sample, "fill", lambda *_: ((raw, end) for end in ends))
+    process = command(sample.main, "--weights", tiny_weights, "--prompt", "x")
     assert process.stdout == text + "\n"
-
-
-def test_a_byte_order_mark_is_dropped(tiny_weights, tmp_path, command):
-    path = tmp_path / "prompt.txt"
-    path.write_bytes("\ufeffTo be".encode())
-    process = command(sample.main, "--weights", tiny_weights, "--prompt-file", path,
-                      "--num-blocks", 1)
-    assert process.returncode == 0 and process.stdout.startswith("To be"), process.stderr
-
-
-def test_a_clock_that_stands_still_divides_nothing_by_zero(tiny_weights, command, monkeypatch):
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: 1.0)
-    process = command(sample.main, "--weights", tiny_weights, "--num-blocks", 1)
-    assert process.returncode == 0 and "characters per second" in process.stderr
