@@ -64,7 +64,7 @@ def test_top_level_holds_what_it_should_and_nothing_else():
     top = {name.split("/")[0] for name in listed.stdout.splitlines()}
     assert {name for name in top if not name.startswith(".")} == {
         "model.py", "training.py", "sample.py", "data", "weights", "animations", "pyproject.toml",
-        "uv.lock", "README.md", "tests",
+        "uv.lock", "README.md", "tests", "LICENSE",
     }
 
 
