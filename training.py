@@ -349,8 +349,8 @@ def claim_files(args: argparse.Namespace, config, sha256: str, val, device) -> f
     for files that no run has written, and for weights of another text or vocabulary."""
     weights, state = args.weights, beside(args.weights, ".state.pt")
     log, model = beside(weights, ".csv"), None
-    if weights.suffix != ".pt" or weights.is_dir():
-        raise BadInput(f"--weights {weights}: has to be the name of a file that ends in .pt")
+    if weights.suffixes[-2:] == [".state", ".pt"] or weights.suffix != ".pt" or weights.is_dir():
+        raise BadInput(f"--weights {weights}: the name has to end in .pt, and not in .state.pt")
     if log.exists() and not log.read_bytes().startswith(b"step,"):
         raise BadInput(f"{log}: not the log of a training run, so it stays; change --weights")
     if weights.exists():

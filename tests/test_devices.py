@@ -125,15 +125,18 @@ def test_part_of_what_torchrun_sets_makes_no_processes(missing, monkeypatch):
     assert training.start_processes(args) == (0, 1, torch.device("cpu"))
 
 
-def test_torchrun_refuses_mps_and_more_processes_than_gpus(monkeypatch):
+@pytest.mark.parametrize("gpus, device, backend", [(0, "cpu", "gloo"), (2, "cuda", "nccl")])
+def test_processes_take_a_gpu_each_or_the_cpu_but_never_mps(gpus, device, backend, monkeypatch):
+    """MPS can't exchange gradients."""
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    args = SimpleNamespace(batch_size=4, device="mps")
-    monkeypatch.setattr(training, "pick_device", torch.device)
-    with pytest.raises(BadInput, match="mps"):
-        training.start_processes(args)
-    args.device = "cuda"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(BadInput, match="there are 1"):
-        training.start_processes(args)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(training.dist, "init_process_group", lambda *a, **_: chosen.append(a[0]))
+    monkeypatch.setattr(training, "pick_device",
+                        lambda name: torch.device("cuda" if name == "auto" else name))
+    found = training.start_processes(SimpleNamespace(batch_size=4, device="auto"))
+    assert found == (1, 2, torch.device(device))
+    assert chosen == ([1, backend] if gpus else [backend])

@@ -308,6 +308,7 @@ def test_the_default_rate_depends_on_the_length_of_the_run(arguments, rate, deca
     (["--context-len", "300"], ["300", "256"]),
     (["--weights", "w"], ["w", ".pt"]),
     (["--weights", "w.safetensors"], ["w.safetensors", ".pt"]),
+    (["--weights", "w.state.pt"], ["w.state.pt", "not in .state.pt"]),
 ])
 def test_bad_input_to_training_is_one_line(arguments, words, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
