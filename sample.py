@@ -238,7 +238,8 @@ def add_sampler_arguments(parser: CommandLine) -> None:
         help="which characters a step unmasks: those far apart, k drawn in proportion to their "
         "confidence, the k most confident, the k leftmost, those above a confidence, or those of "
         "the reverse process")
-    add("--turns", type=COUNT, help="dilated: calls in which a draft is complete (default: 9)")
+    add("--turns", type=number(int, 1, 10_000),
+        help="dilated: calls in which a draft is complete (default: 9)")
     add("--k", type=COUNT, help="gumbel-top-k, top-k and left-to-right: characters per step "
         "(default: 20; left-to-right: 1)")
     add("--tau", type=number(float, 0, 1), help="threshold: least confidence (default: 0.9)")

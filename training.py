@@ -458,7 +458,7 @@ def start_run(args, config, texts: list[str], device: torch.device):
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     model = DiffusionTransformer(config).to(device)
-    if args.init:
+    if args.init and not args.resume:
         model.load_state_dict(load_weights(args.init, device)[0].state_dict())
     optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
     run = {"step": 0, "seconds": 0.0, "best": math.inf, "mark": math.inf, "log": []}

@@ -453,6 +453,7 @@ def test_a_closed_pipe_ends_quietly(tiny_weights):
     (["--tau", "1.5"], ["1.5", "to 1"]),
     (["--k", "0"], ["'0'", "from 1"]),
     (["--turns", "2.5"], ["2.5", "int"]),
+    (["--turns", "1000000000"], ["1000000000", "to 10000"]),
     (["--num-samples", "999999999999"], ["999999999999", "to 10000"]),
     (["--method", "magic"], ["magic", "ancestral"]),
     (["--method", "threshold", "--k", "3"], ["--k", "threshold", "--tau"]),

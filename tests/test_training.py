@@ -222,6 +222,20 @@ def test_init_starts_from_weights(whole_run, small_corpus, tmp_path):
     assert [row["step"] for row in after["log"]] == [2]
 
 
+@not_windows
+def test_a_run_resumes_without_the_weights_that_it_started_from(
+    whole_run, small_corpus, tmp_path
+):
+    (tmp_path / "init.pt").write_bytes(whole_run.read_bytes())
+    run = started("--data", small_corpus, "--weights", tmp_path / "w.pt",
+                  "--init", tmp_path / "init.pt", "--steps", 60, *SETTINGS)
+    run.process.terminate()
+    assert run.wait().process.exitcode == 128 + signal.SIGTERM, run.output
+    (tmp_path / "init.pt").unlink()
+    resumed = Training("--weights", tmp_path / "w.pt", "--resume").wait()
+    assert resumed.process.exitcode == 0, resumed.output
+
+
 def test_init_refuses_flags_for_another_shape(whole_run, small_corpus, tmp_path, command):
     process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
                       "--init", whole_run, "--n-layer", 2)
