@@ -137,7 +137,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(
     assert stopped.process.exitcode == 128 + signum and "--resume" in stopped.output
     run = state_of(tmp_path / "w.pt")["run"]
     assert 6 <= run["step"] < 18 and len(run["log"]) <= run["step"] // 6  # saved unevaluated
-    resumed = Training("--weights", tmp_path / "w.pt", "--resume").wait()
+    resumed = Training("--weights", tmp_path / "w.pt", "--resume", "--device", "cpu").wait()
     assert resumed.process.exitcode == 0, resumed.output
     assert_same_weights(tmp_path / "w.pt", whole_run)
 
@@ -184,7 +184,7 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(whole_run, small_co
     def start(eval_interval):
         if state.exists() and not state.stat().st_size:  # killed between its name and its contents
             state.unlink()
-        settings = ["--resume"] if state.exists() else ["--steps", 18, *TINY_RUN]
+        settings = ["--resume", "--device", "cpu"] if state.exists() else ["--steps", 18, *TINY_RUN]
         return Training(*files, *settings, "--eval-interval", eval_interval)
 
     for _ in range(10):
@@ -232,7 +232,7 @@ def test_a_run_resumes_without_the_weights_that_it_started_from(
     run.process.terminate()
     assert run.wait().process.exitcode == 128 + signal.SIGTERM, run.output
     (tmp_path / "init.pt").unlink()
-    resumed = Training("--weights", tmp_path / "w.pt", "--resume").wait()
+    resumed = Training("--weights", tmp_path / "w.pt", "--resume", "--device", "cpu").wait()
     assert resumed.process.exitcode == 0, resumed.output
 
 
