@@ -72,8 +72,7 @@ class DiffusionConfig:
             raise BadInput(f"{self}: {why}")
 
 
-# --------------------------------------------------------------------------------------------------
-# The network: nanochat's transformer block, with attention in both directions
+# The network: nanochat's transformer block, with attention in both directions ---------------------
 
 
 def norm(x):
@@ -186,8 +185,7 @@ class DiffusionTransformer(nn.Module):
         return logits.log_softmax(-1)                               # (B, T, V)
 
 
-# --------------------------------------------------------------------------------------------------
-# The diffusion
+# The diffusion ------------------------------------------------------------------------------------
 
 
 def noise_index(masked, diffusion_steps: int):
@@ -274,8 +272,7 @@ def nelbo(model, tokens, passes: int = 8, seed: int = 0, windows: int = MAX_WIND
     return statistics.mean(draws), statistics.stdev(draws) / math.sqrt(passes)
 
 
-# --------------------------------------------------------------------------------------------------
-# Characters and corpus
+# Characters and corpus ----------------------------------------------------------------------------
 
 
 def encode_text(text: str, config: DiffusionConfig) -> torch.Tensor:
@@ -320,8 +317,7 @@ def load_corpus(path: Path | str, config: DiffusionConfig):
     return train, val, hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------
-# The checkpoint: one torch.save of {"model": state dict, "config": dict, "meta": dict}
+# The checkpoint: one torch.save of {"model": state dict, "config": dict, "meta": dict} ------------
 
 
 @contextmanager
@@ -386,8 +382,7 @@ def load_weights(path: Path | str, device: torch.device | str = "cpu"):
     return model.float().to(device).eval(), contents["meta"]
 
 
-# --------------------------------------------------------------------------------------------------
-# What all scripts share
+# What all scripts share ---------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

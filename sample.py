@@ -11,7 +11,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin
 
 import argparse
 import codecs
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +27,7 @@ from model import (
     read_text, run,
 )
 
-# --------------------------------------------------------------------------------------------------
-# Rules: which characters a step unmasks
+# Rules: which characters a step unmasks -----------------------------------------------------------
 
 
 class Proposal(NamedTuple):
@@ -85,14 +83,6 @@ def top_k(proposal: Proposal, k: int = 20):
     return best_k(proposal.confidence(), k)
 
 
-def gumbel_top_k(proposal: Proposal, k: int = 20):
-    """k characters drawn without replacement in proportion to their confidence, by adding Gumbel
-    noise to its logarithm (arXiv 1903.06059). Each position keeps its noise."""
-    noise = -torch.log(-torch.log(proposal.unmask_time.clamp(min=1e-9)))
-    score = proposal.confidence().clamp(min=1e-9).log() + noise
-    return best_k(score.masked_fill(~proposal.masked, -math.inf), k)
-
-
 def ancestral(proposal: Proposal, steps: int = 128):
     """The exact reverse process on a grid of `steps` levels (MDLM, arXiv 2406.07524, eq. 7).
 
@@ -113,15 +103,13 @@ def everything(proposal: Proposal):
 
 METHODS = {  # and the argument of each rule that has a flag of that name
     "dilated": (dilated, "turns"),
-    "gumbel-top-k": (gumbel_top_k, "k"),
     "top-k": (top_k, "k"),
     "left-to-right": (left_to_right, "k"),
     "threshold": (threshold, "tau"),
     "ancestral": (ancestral, "steps"),
 }
 
-# --------------------------------------------------------------------------------------------------
-# The denoising loop
+# The denoising loop -------------------------------------------------------------------------------
 
 
 def uniform(x, generator):
@@ -156,8 +144,7 @@ def denoise(model, x, rule: Rule, temperature: float, generator) -> Iterator[tor
         yield x
 
 
-# --------------------------------------------------------------------------------------------------
-# Whole texts
+# Whole texts --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -220,8 +207,7 @@ def fill(model, x, config: SamplerConfig, generator) -> Iterator[tuple[torch.Ten
         yield x, final
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line, parts of which the animations share
+# The command line, parts of which the animations share --------------------------------------------
 
 
 def add_model_arguments(parser: CommandLine) -> None:
@@ -235,13 +221,11 @@ def add_sampler_arguments(parser: CommandLine) -> None:
     add = parser.add_argument_group("sampling").add_argument
     default = SamplerConfig()
     add("--method", choices=METHODS, default="dilated",
-        help="which characters a step unmasks: those far apart, k drawn in proportion to their "
-        "confidence, the k most confident, the k leftmost, those above a confidence, or those of "
-        "the reverse process")
+        help="which characters a network call unmasks: those far apart, the k most confident, the "
+        "k leftmost, those above a confidence, or those of the reverse process")
     add("--turns", type=number(int, 1, 10_000),
         help="dilated: calls in which a draft is complete (default: 9)")
-    add("--k", type=COUNT, help="gumbel-top-k, top-k and left-to-right: characters per step "
-        "(default: 20; left-to-right: 1)")
+    add("--k", type=COUNT, help="top-k and left-to-right: characters per call (default: 20 and 1)")
     add("--tau", type=number(float, 0, 1), help="threshold: least confidence (default: 0.9)")
     add("--steps", type=COUNT, help="ancestral: levels of the reverse process (default: 128)")
     add("--temperature", type=TEMPERATURE, default=default.temperature,

@@ -8,8 +8,8 @@
     uv run training.py --eval-only                               # measure the weights
 
 The first 90% of the text are the train split; its last 40,000 characters are not learned and choose
-which weights are kept. The last 10% validate, and choose nothing. Beside the weights X.pt stand
-X.csv, the log, and until the run has ended X.state.pt, which --resume and sample.py can read.
+which weights are kept. The last 10% validate, and choose nothing. Until the run has ended,
+X.state.pt stands beside the weights X.pt; --resume and sample.py can read it. Both hold the log.
 """
 
 import os
@@ -17,7 +17,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin on busy cores
 
 import argparse
-import csv
 import ctypes
 import math
 import platform
@@ -31,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ SIZES = {
     "n_embd": "channels", "diffusion_steps": "noise levels",
     "context_len": "longest clean prefix of a sequence",
 }
-NOT_SETTINGS = {"weights", "device", "resume", "eval_only"}  # of a run: they may differ on resume
+NOT_SETTINGS = {"weights", "device", "resume", "eval_only", "state"}  # may differ on --resume
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,7 +85,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-only", action="store_true", help="print the validation bound of X.pt")
     add = parser.add_argument_group("network and diffusion").add_argument
     for size, what in SIZES.items():
-        add(flag(size), type=int, default=getattr(DiffusionConfig, size), help=what)
+        name = "--" + size.replace("_", "-")
+        add(name, type=int, default=getattr(DiffusionConfig, size), help=what)
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=COUNT, default=20_000, help="optimizer steps")
     add("--max-minutes", type=number(float, 1e-3), help="length by the clock, not by --steps, with "
@@ -102,28 +103,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     add("--no-compile", action="store_true", help="without torch.compile, which takes a minute")
     args = parser.parse_args(argv)
-    saved, source = {}, args.init
+    saved, source, state = {}, args.init, None
     if args.resume:
-        source = beside(args.weights, ".state.pt")
-        saved = read_state(source)["args"]
+        source = state_beside(args.weights)
+        state = read_checkpoint(source)
+        if not {"optimizers", "run", "args"} <= state.keys():
+            raise BadInput(f"{source}: weights alone, so there is nothing to resume")
+        saved = state["args"]
     elif source is not None:
         saved = {n: x for n, x in read_checkpoint(source)["config"].items() if n in SIZES}
     args = parser.parse_args(argv, argparse.Namespace(**saved))  # sets only what was given
     for name in saved.keys() - {"no_compile", "eval_interval"}:
         if getattr(args, name) != saved[name]:
-            raise BadInput(f"{flag(name)} {getattr(args, name)}: {source} has {saved[name]}")
+            flag = name.replace("_", "-")
+            raise BadInput(f"--{flag} {getattr(args, name)}: {source} has {saved[name]}")
+    args.state = state
     long = args.steps >= LONG_RUN and not args.max_minutes
     args.learning_rate = args.learning_rate or (0.005 if long else 0.02)
     args.decay = (1.0 if long else 0.5) if args.decay is None else args.decay
     return args
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-# --------------------------------------------------------------------------------------------------
-# Optimizers
+# Optimizers ---------------------------------------------------------------------------------------
 
 
 def orthogonalize(matrices, dtype: torch.dtype, steps: int = 5):
@@ -200,8 +201,7 @@ def update(model, optimizers, factor: float) -> None:
         optimizer.zero_grad()
 
 
-# --------------------------------------------------------------------------------------------------
-# The batch and its loss
+# The batch and its loss ---------------------------------------------------------------------------
 
 
 def draw_batch(text, config, batch_size: int, generator, spread: float = SPREAD, opened=1.0):
@@ -251,8 +251,7 @@ def batch_loss(network, batch, teacher=None):
     return (nll * weight).sum()
 
 
-# --------------------------------------------------------------------------------------------------
-# Processes, signals, compilation
+# Processes, signals, compilation ------------------------------------------------------------------
 
 
 def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
@@ -283,10 +282,8 @@ def keep_freed_memory() -> None:
     """Stops glibc from returning the memory of activations to the kernel, which clears every page
     when the next step asks for it: up to a quarter of a step on a CPU."""
     if platform.libc_ver()[0] == "glibc":
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        for option, value in (-4, 0), (-1, -1):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def agree(progress: float, signum: int, device: torch.device) -> tuple[float, int]:
@@ -334,25 +331,21 @@ def compiled(model, batch_size: int):
     return network
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
+# Files --------------------------------------------------------------------------------------------
 
 
-def beside(weights: Path, ending: str) -> Path:
-    """The run's file with that ending: X.csv or X.state.pt beside X.pt."""
-    return weights.with_name(weights.name.removesuffix(".pt") + ending)
+def state_beside(weights: Path) -> Path:
+    """X.state.pt for X.pt."""
+    return weights.with_name(weights.name.removesuffix(".pt") + ".state.pt")
 
 
 def claim_files(args: argparse.Namespace, config, sha256: str, val, device) -> float:
     """Creates the state of a new run, which refuses a second one. Returns the quick validation
     bound of the weights that are there, which the run has to beat, or infinity. Raises BadInput
     for files that no run has written, and for weights of another text or vocabulary."""
-    weights, state = args.weights, beside(args.weights, ".state.pt")
-    log, model = beside(weights, ".csv"), None
-    if weights.suffixes[-2:] == [".state", ".pt"] or weights.suffix != ".pt" or weights.is_dir():
+    weights, state, model = args.weights, state_beside(args.weights), None
+    if weights.suffix != ".pt" or weights.name.endswith(".state.pt") or weights.is_dir():
         raise BadInput(f"--weights {weights}: the name has to end in .pt, and not in .state.pt")
-    if log.exists() and not log.read_bytes().startswith(b"step,"):
-        raise BadInput(f"{log}: not the log of a training run, so it stays; change --weights")
     if weights.exists():
         model, meta = load_weights(weights, device)
         theirs = meta.get("corpus_sha256", sha256), model.config.vocab_size
@@ -370,24 +363,15 @@ def claim_files(args: argparse.Namespace, config, sha256: str, val, device) -> f
     return mark
 
 
-def tried(save, *arguments) -> bool:
-    """Whether a save went well. One that fails, as on a full disk, ends no run: the next one tries
+def saved(save, *arguments) -> bool:
+    """Calls save(*arguments). One that fails, as on a full disk, ends no run: the next one tries
     again."""
     try:
         save(*arguments)
-        return True
     except OSError as error:
         warn(f"not saved, the next save tries again: {error}")
         return False
-
-
-def save_kept(model, meta: dict, path: Path) -> None:
-    """The weights, and the log beside them."""
-    save_weights(model, meta, path)
-    with replacing(beside(path, ".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, meta["log"][-1])
-        writer.writeheader()
-        writer.writerows(meta["log"])
+    return True
 
 
 def save_state(args, about: dict, model, optimizers, generator, run: dict) -> None:
@@ -398,20 +382,11 @@ def save_state(args, about: dict, model, optimizers, generator, run: dict) -> No
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "generator": generator.get_state(), "args": settings, "run": run,
     }
-    with replacing(beside(args.weights, ".state.pt")) as file:
+    with replacing(state_beside(args.weights)) as file:
         torch.save(contents, file)
 
 
-def read_state(path: Path) -> dict:
-    """The saved state of a run, or BadInput."""
-    contents = read_checkpoint(path)
-    if not {"optimizers", "run", "args"} <= contents.keys():
-        raise BadInput(f"{path}: weights alone, so there is nothing to resume")
-    return contents
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
+# The run ------------------------------------------------------------------------------------------
 
 
 def evaluate(args, about: dict, model, run: dict, splits: dict) -> None:
@@ -426,7 +401,7 @@ def evaluate(args, about: dict, model, run: dict, splits: dict) -> None:
     }
     run["log"].append(row)
     if row["held_nelbo"] < run["best"] and row["val_nelbo"] < run["mark"]:
-        if tried(save_kept, model, {**about, **row, "log": run["log"]}, args.weights):
+        if saved(save_weights, model, {**about, **row, "log": run["log"]}, args.weights):
             run["best"] = row["held_nelbo"]
     device = next(model.parameters()).device
     blank = torch.full((1, args.sequence_len), model.config.mask_token_id, device=device)
@@ -437,19 +412,25 @@ def evaluate(args, about: dict, model, run: dict, splits: dict) -> None:
          f"{figures}\n{decode_tokens(x[0])}\n")
 
 
+def full_bound(model, val, path: Path) -> dict[str, float]:
+    """Prints the validation bound of the model in that file, and returns it for the meta."""
+    mean, error = nelbo(model, val)
+    print(f"{path}: validation NELBO {mean:.4f} +- {error:.4f} nats per character "
+          f"({mean / math.log(2):.4f} bits)")
+    return {"val_nelbo": mean, "val_nelbo_error": error}
+
+
 def finish(args, val, device: torch.device, run: dict) -> None:
     """The full bound of what the run wrote, into the file and onto the screen."""
-    state = beside(args.weights, ".state.pt")
+    state = state_beside(args.weights)
     if run["best"] == math.inf:
         print(f"{args.weights} was better and stays; this run's model: "
               f"uv run sample.py --weights {state}")
         return
     model, meta = load_weights(args.weights, device)
-    meta["val_nelbo"], meta["val_nelbo_error"] = nelbo(model, val)
-    save_kept(model, {**meta, "log": run["log"]}, args.weights)
+    meta = {**meta, **full_bound(model, val, args.weights), "log": run["log"]}
+    save_weights(model, meta, args.weights)
     state.unlink()
-    print(f"{args.weights}: validation NELBO {meta['val_nelbo']:.4f} +- "
-          f"{meta['val_nelbo_error']:.4f} nats per character")
 
 
 def start_run(args, config, texts: list[str], device: torch.device):
@@ -463,23 +444,16 @@ def start_run(args, config, texts: list[str], device: torch.device):
     optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
     run = {"step": 0, "seconds": 0.0, "best": math.inf, "mark": math.inf, "log": []}
     if args.resume:
-        saved = read_state(beside(args.weights, ".state.pt"))
-        if (saved["meta"]["texts"], saved["meta"]["device"]) != (texts, device.type):
+        about = args.state["meta"]
+        if (about["texts"], about["device"]) != (texts, device.type):
             raise BadInput(f"the run to resume learned other texts than {args.data}, or on "
-                           f"{saved['meta']['device']} and not on {device.type}")
-        model.load_state_dict(saved["model"])
-        for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
+                           f"{about['device']} and not on {device.type}")
+        model.load_state_dict(args.state["model"])
+        for optimizer, optimizer_state in zip(optimizers, args.state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
-        generator.set_state(saved["generator"])
-        run = saved["run"]
+        generator.set_state(args.state["generator"])
+        run = args.state["run"]
     return model, optimizers, generator, run
-
-
-def evaluate_only(args: argparse.Namespace) -> None:
-    model, _ = load_weights(args.weights, pick_device(args.device))
-    mean, error = nelbo(model, load_corpus(args.data[0], model.config)[1])
-    print(f"{args.weights}: validation NELBO {mean:.4f} +- {error:.4f} nats per character "
-          f"({mean / math.log(2):.4f} bits)")
 
 
 def train(args: argparse.Namespace, command: str) -> int:
@@ -499,10 +473,10 @@ def train(args: argparse.Namespace, command: str) -> int:
     # Model, optimizers, files
     model, optimizers, generator, run = start_run(args, config, texts, device)
     teachers = [load_weights(path, device)[0] for path in args.teachers]
-    alike = "sequence_len", "vocab_size", "mask_token_id", "diffusion_steps"
-    for teacher in teachers:
-        if any(getattr(teacher.config, name) != getattr(config, name) for name in alike):
-            raise BadInput(f"--teachers: {teacher.config} and {config} differ in more than size")
+    alike = attrgetter("sequence_len", "vocab_size", "mask_token_id", "diffusion_steps")
+    if any(alike(teacher.config) != alike(config) for teacher in teachers):
+        raise BadInput(f"--teachers {args.teachers}: not all of them have the model's vocabulary, "
+                       "noise levels and sequence length")
     about = {
         "texts": texts, "corpus_sha256": sha256, "seed": args.seed, "command": command,
         "torch": str(torch.__version__), "device": device.type, "hardware": f"{world} x "
@@ -511,11 +485,7 @@ def train(args: argparse.Namespace, command: str) -> int:
     save = partial(save_state, args, about, model, optimizers, generator, run)
     if leader and not args.resume:
         run["mark"] = claim_files(args, config, sha256, val, device)
-        try:
-            save()
-        except OSError:
-            beside(args.weights, ".state.pt").unlink()  # claimed, but without anything to resume
-            raise
+        saved(save)
 
     # Compile and DDP
     rows = args.batch_size // world
@@ -553,7 +523,7 @@ def train(args: argparse.Namespace, command: str) -> int:
             if leader and due and run["step"] > first_step:
                 if finished or not signum:
                     evaluate(args, about, model, run, splits)
-                tried(save)
+                saved(save)
             if finished or signum:
                 break
 
@@ -587,15 +557,12 @@ def train(args: argparse.Namespace, command: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.eval_only:
-        return evaluate_only(args)
+        model, _ = load_weights(args.weights, pick_device(args.device))
+        full_bound(model, load_corpus(args.data[0], model.config)[1], args.weights)
+        return
     words = sys.argv[1:] if argv is None else argv
     try:
         signum = train(args, shlex.join(["uv", "run", "training.py", *map(str, words)]))
-    except RuntimeError as error:
-        if not dist.is_initialized() or "peer" not in str(error):
-            raise
-        raise BadInput("another process of this run died; --resume continues from the last save "
-                       f"({str(error).splitlines()[0]})") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -47,8 +47,8 @@ from model import (
     load_corpus, load_weights, pick_device, run, spaced_windows,
 )
 from sample import (
-    SamplerConfig, ancestral, best_k, dilated, fill, gumbel_top_k, left_to_right, load_for_sampling,
-    lowest, threshold, top_k,
+    SamplerConfig, ancestral, best_k, dilated, fill, left_to_right, load_for_sampling, lowest,
+    threshold, top_k,
 )
 from training import HELD_OUT
 
@@ -152,6 +152,14 @@ class Judge:
 
 
 # Rules that were tried and lost to those of sample.py
+
+
+def gumbel_top_k(proposal, k=20):
+    """k characters drawn without replacement in proportion to their confidence, by adding Gumbel
+    noise to its logarithm (arXiv 1903.06059). Each position keeps its noise."""
+    noise = -torch.log(-torch.log(proposal.unmask_time.clamp(min=1e-9)))
+    score = proposal.confidence().clamp(min=1e-9).log() + noise
+    return best_k(score.masked_fill(~proposal.masked, -math.inf), k)
 
 
 def entropy_bound(proposal, gamma):

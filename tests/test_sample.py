@@ -8,7 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from benchmark_sampling import cosine_ancestral, entropy_bound, factor, leftmost, margin
+from benchmark_sampling import (
+    cosine_ancestral, entropy_bound, factor, gumbel_top_k, leftmost, margin,
+)
 from conftest import (
     TINY, TableModel, assert_one_clear_line, last, launch, partly_masked, random_model, script,
 )
@@ -19,7 +21,7 @@ import sample
 from model import DiffusionConfig, save_weights
 from sample import (
     Proposal, SamplerConfig, ancestral, denoise, dilated, draft_and_correct, draw, everything, fill,
-    gumbel_top_k, left_to_right, threshold, top_k, uniform,
+    left_to_right, threshold, top_k, uniform,
 )
 
 RULES = {
