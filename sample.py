@@ -59,7 +59,7 @@ def lowest(level, masked):
     return masked & (level == level.amin(1, keepdim=True))
 
 
-def dilated(proposal: Proposal, turns: int = 9):
+def dilated(proposal: Proposal, turns: int = 13):
     """Every turns-th character, so that those unmasked together stand far apart and their
     independence costs little; the next turn takes those halfway between (arXiv 2506.19037). No
     order prefers easy characters. Where the turns begin is random in each text."""
@@ -152,11 +152,11 @@ class SamplerConfig:
     """How text is made. The defaults are what tests/benchmark_sampling.py found best."""
 
     rule: Rule = dilated
-    temperature: float = 0.9        # of the draft
+    temperature: float = 0.95       # of the draft
     sweeps: int = 2                 # how often the correction redraws every new character
-    sweep_temperature: float = 0.0
-    stride: int = 4                 # each correction call remasks every stride-th character
-    block_len: int = 128            # new characters at a time
+    sweep_temperature: float = 0.3
+    stride: int = 6                 # each correction call remasks every stride-th character
+    block_len: int = 192            # new characters at a time
     lookback: int = 32              # characters that a block sees before it
 
 
@@ -167,7 +167,7 @@ def draft_and_correct(model, x, region, config: SamplerConfig, generator):
     Characters unmasked in the same call are sampled independently of one another. So every
     stride-th character of the region is masked again and drawn anew given all the others, each in
     its turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that visits every
-    character equally often. Near temperature 0 it climbs to a likelier text close by. The draft
+    character equally often. At a low temperature it climbs to a likelier text close by. The draft
     brings the variety, the corrector the spelling."""
     turn = region.cumsum(1) % config.stride
     for x in denoise(model, x, config.rule, config.temperature, generator):
@@ -224,7 +224,7 @@ def add_sampler_arguments(parser: CommandLine) -> None:
         help="which characters a network call unmasks: those far apart, the k most confident, the "
         "k leftmost, those above a confidence, or those of the reverse process")
     add("--turns", type=number(int, 1, 10_000),
-        help="dilated: calls in which a draft is complete (default: 9)")
+        help="dilated: calls in which a draft is complete (default: 13)")
     add("--k", type=COUNT, help="top-k and left-to-right: characters per call (default: 20 and 1)")
     add("--tau", type=number(float, 0, 1), help="threshold: least confidence (default: 0.9)")
     add("--steps", type=COUNT, help="ancestral: levels of the reverse process (default: 128)")
@@ -236,8 +236,8 @@ def add_sampler_arguments(parser: CommandLine) -> None:
         help="temperature of the correction sweeps")
     add("--stride", type=COUNT, default=default.stride,
         help="each correction call remasks every stride-th character")
-    add("--block-len", type=COUNT, help="characters per block (default: 128, or half the model's "
-        "sequence length if that is less)")
+    add("--block-len", type=COUNT, help="characters per block (default: 192, or three quarters "
+        "of the model's sequence length if that is less)")
     add("--lookback", type=number(int, 0),
         help="characters before a block that it is conditioned on (default: 32, or what fits)")
 
@@ -254,7 +254,7 @@ def sampler_config(args: argparse.Namespace, T: int) -> SamplerConfig:
     sweeps, block_len, lookback = args.sweeps, args.block_len, args.lookback
     if sweeps is None:
         sweeps = 0 if args.method == "left-to-right" else SamplerConfig.sweeps
-    block_len = block_len or min(SamplerConfig.block_len, max(1, T // 2))
+    block_len = block_len or min(SamplerConfig.block_len, max(1, 3 * T // 4))
     if lookback is None:
         lookback = max(0, min(SamplerConfig.lookback, T - block_len))
     if block_len + lookback > T:
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{n_written} characters in {seconds:.1f} s, {n_written / seconds:.0f} a second",
           file=sys.stderr)
     if sys.stderr.isatty():
-        print('try --prompt "ROMEO:", --infill "To be, or ___", or --turns 16, which writes better '
+        print('try --prompt "ROMEO:", --infill "To be, or ___", or --turns 40, which writes better '
               "text in more calls", file=sys.stderr)
 
 
