@@ -387,7 +387,8 @@ def load_weights(path: Path | str, device: torch.device | str = "cpu"):
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        silent = action.default is False or action.default in (None, "", [])
+        return action.help if silent else super()._get_help_string(action)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -408,8 +409,9 @@ def number(kind: type, least: float, most: float = math.inf):
             value = kind(text)
             if least <= value <= most and value < math.inf:
                 return value
-        wanted = f"{kind.__name__} from {least:g}" + (f" to {most:g}" if most < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        wanted = f"{'a whole' if kind is int else 'a'} number from {least:g}"
+        upper = f" to {most:g}" if most < math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {wanted}{upper}")
 
     return parse
 

@@ -248,7 +248,7 @@ def sampler_config(args: argparse.Namespace, T: int) -> SamplerConfig:
     rule, flag = METHODS[args.method]
     for other in {flag for _, flag in METHODS.values()} - {flag}:
         if getattr(args, other) is not None:
-            raise BadInput(f"--{other} has no effect with --method {args.method}; --{flag} has")
+            raise BadInput(f"--{other} belongs to another --method; {args.method} has --{flag}")
     if getattr(args, flag) is not None:
         rule = partial(rule, **{flag: getattr(args, flag)})
     sweeps, block_len, lookback = args.sweeps, args.block_len, args.lookback
@@ -258,8 +258,8 @@ def sampler_config(args: argparse.Namespace, T: int) -> SamplerConfig:
     if lookback is None:
         lookback = max(0, min(SamplerConfig.lookback, T - block_len))
     if block_len + lookback > T:
-        raise BadInput(f"--block-len {block_len} and --lookback {lookback} together exceed the "
-                       f"model's sequence length of {T}")
+        both = f" and --lookback {lookback} together" if lookback else ""
+        raise BadInput(f"--block-len {block_len}{both} exceed the model's sequence length, {T}")
     return SamplerConfig(rule, args.temperature, sweeps, args.sweep_temperature, args.stride,
                          block_len, lookback)
 

@@ -46,14 +46,14 @@ from model import (
 )
 from sample import denoise, dilated
 
-LONG_RUN = 10_000   # steps from which on a lower rate that falls from the start is the default
+LONG_RUN = 10_000   # runs of so many steps have a low learning rate that falls from the start
 ADAMW_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
-PREFIX_RATE = 0.25  # share of the sequences with a clean prefix, as sampling has one
+PREFIX_SHARE = 0.25  # share of the sequences with a clean prefix, as sampling has one
 SPREAD = 1.0        # width in logits of the bell from which t is drawn (tests/ablations.md)
-LATE_SPREAD = 1.7   # the same after --init: nearly flat, as the bound weighs all levels alike
-FLAT_RATE = 1 / 16  # share of the sequences with t from a flat distribution, or t = 1 never comes
+LATE_SPREAD = 1.7   # the width after --init: nearly uniform, as the bound weighs all levels alike
+FLAT_SHARE = 1 / 16  # share of the sequences with uniform t; otherwise t = 1 is never drawn
 OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it:
                     # at first many visible neighbours teach the most. Not after --init
 TEACHER_SHARE = 0.5  # of the loss, where there is a teacher; the rest is the text's
@@ -76,9 +76,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = files.add_argument
     add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write, X.pt")
     add("--data", nargs="+", default=[str(DEFAULT_DATA)], metavar="TEXT",
-        help="text to learn; any further texts are only learned")
+        help="training text, whose last 10%% validates; all of any further texts is learned")
     add("--teachers", nargs="+", default=[], metavar="WEIGHTS",
-        help="learn these models' probabilities too, one model a step")
+        help="learn these models' probabilities too; one of them, in turn, at each step")
     add = files.add_mutually_exclusive_group().add_argument
     add("--init", metavar="WEIGHTS", help="start from these weights")
     add("--resume", action="store_true", help="continue X.state.pt with the settings of that run")
@@ -89,13 +89,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add(name, type=int, default=getattr(DiffusionConfig, size), help=what)
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=COUNT, default=20_000, help="optimizer steps")
-    add("--max-minutes", type=number(float, 1e-3), help="length by the clock, not by --steps, with "
-        "compilation and evaluation")
+    add("--max-minutes", type=number(float, 1e-3), help="train for this long instead of "
+        "--steps, with compilation and evaluation")
     add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
     add("--learning-rate", type=number(float, 1e-12), help="peak for the block matrices (default: "
         "0.005, or 0.02 by the clock and in less than 10,000 steps)")
     add("--decay", type=number(float, 0, 1), help="share of the run in which the learning rate "
-        "falls to zero (default: 1, or 0.5 likewise)")
+        "falls to zero (default: 1, or 0.5 in the shorter runs)")
     add("--weight-decay", type=number(float, 0), default=0.0, help="of the block matrices")
     add("--seed", type=SEED, default=1337, help="random seed")
     add = parser.add_argument_group("running").add_argument
@@ -216,10 +216,10 @@ def draw_batch(text, config, batch_size: int, generator, spread: float = SPREAD,
     u, v, w, flat = torch.rand(4, B, generator=generator, device=device)
     quantile = ((strata + u) / B).clamp(1e-4, 1 - 1e-4)
     normal = math.sqrt(2) * torch.erfinv(2 * quantile - 1)  # MPS has no ndtri
-    noise = torch.where(flat < FLAT_RATE, quantile, torch.sigmoid(spread * normal))
+    noise = torch.where(flat < FLAT_SHARE, quantile, torch.sigmoid(spread * normal))
     t = (noise * opened * config.diffusion_steps).long() + 1
     prefix_len = (1 + v * config.context_len).long().clamp(max=config.context_len)
-    x_t, masked = q_sample(x_0, t, config, generator, prefix_len * (w < PREFIX_RATE))
+    x_t, masked = q_sample(x_0, t, config, generator, prefix_len * (w < PREFIX_SHARE))
     # With equal weights the loss would be the bound itself (RADD, arXiv 2406.03736), but noisy: a
     # sequence with one masked character would count as much as one with 256. The square root
     # trades a little of the objective for much less noise.

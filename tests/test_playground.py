@@ -202,7 +202,7 @@ def test_a_look_is_one_call_that_writes_nothing(server):
 
 
 @pytest.mark.parametrize("body, words", [
-    (request(temperature="hot"), "hot"), (request(k=3), "--k has no effect"),
+    (request(temperature="hot"), "hot"), (request(k=3), "--k belongs to another"),
     (request(method="dream"), "dream"), (request(help=""), "help"), (request(weights=1), "weights"),
     (request(text="_" * 33), "33 characters"), (request(text=""), "0 characters"),
     (request(text="caf\xc3\xa9 _"), "é"), (request(text="no gap"), "no gap"),

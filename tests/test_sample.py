@@ -451,10 +451,10 @@ def test_a_closed_pipe_ends_quietly(tiny_weights):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--temperature", "-1"], ["-1", "from 0"]),
-    (["--temperature", "warm"], ["warm", "float"]),
+    (["--temperature", "warm"], ["warm", "number"]),
     (["--tau", "1.5"], ["1.5", "to 1"]),
     (["--k", "0"], ["'0'", "from 1"]),
-    (["--turns", "2.5"], ["2.5", "int"]),
+    (["--turns", "2.5"], ["2.5", "whole number"]),
     (["--turns", "1000000000"], ["1000000000", "to 10000"]),
     (["--num-samples", "999999999999"], ["999999999999", "to 10000"]),
     (["--method", "magic"], ["magic", "ancestral"]),

@@ -259,7 +259,7 @@ def test_every_time_index_is_trained():
     train, generator = torch.ones(1000, dtype=torch.long), torch.Generator().manual_seed(0)
     *_, t, _ = training.draw_batch(train, config, 100_000, generator)
     share = t.bincount(minlength=128) / len(t)
-    assert (share > 0.25 * training.FLAT_RATE / 128).all() and share[60:68].mean() > 1.4 / 128
+    assert (share > 0.25 * training.FLAT_SHARE / 128).all() and share[60:68].mean() > 1.4 / 128
 
 
 def test_muon_matches_torch_optim_muon():
