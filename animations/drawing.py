@@ -1,6 +1,7 @@
 """Frames of masked text, and the ways to show them: in the terminal, as a GIF, or as a page.
 
-The animations turn the states of the denoising loop into `Frame`s and hand them to `show`.
+Each animation's `scenes` yields states of the denoising loop: the ids (rows, cols), a title and how
+many ordinary frames they last. `show` makes `Frame`s of them and shows those.
 """
 
 import os
@@ -16,26 +17,25 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py, sample.py
 import torch
 
-from model import CommandLine, number, read_checkpoint, replacing
-from sample import add_model_arguments
+from model import CommandLine, number, pick_device, read_checkpoint, replacing
+from sample import add_model_arguments, load_for_sampling
 
 # One palette for the terminal and for pictures: (red, green, blue)
 BACKGROUND = (16, 20, 31)
 TITLE = (122, 136, 166)
 BLOCK = (44, 56, 84)        # a masked cell
-FRESH = (255, 196, 84)      # changed in this step
+FRESH = (255, 196, 84)      # changed in this frame
 CALM = (208, 214, 226)      # settled earlier
 FAINT = (70, 82, 108)       # line ends
 
-GAP = 4  # columns between panels side by side
 HIDDEN, SHOWN = "\x1b[?25l\x1b[?7l", "\x1b[0m\x1b[?25h\x1b[?7h"  # the cursor; lines wrap or not
 
 
@@ -43,20 +43,19 @@ HIDDEN, SHOWN = "\x1b[?25l\x1b[?7l", "\x1b[0m\x1b[?25h\x1b[?7h"  # the cursor; l
 class Frame:
     ids: torch.Tensor     # (rows, cols) character ids
     masked: torch.Tensor  # (rows, cols) bool
-    fresh: torch.Tensor   # (rows, cols) bool: characters that the step changed
+    fresh: torch.Tensor   # (rows, cols) bool: characters that this frame changed
     title: str
-    hold: float = 1.0     # how many ordinary frames this one lasts
+    hold: float           # how many ordinary frames this one lasts
 
-    def cells(self) -> Iterator[list[tuple[str, tuple[int, int, int]]]]:
+    def cells(self) -> list[list[tuple[str, tuple[int, int, int]]]]:
         """Row by row, the glyph and the colour of each cell."""
-        rows, cols = self.ids.shape
+        cols = self.ids.size(1)
         masked, fresh = self.masked.flatten().tolist(), self.fresh.flatten().tolist()
         cells = []
         for glyph, hidden, new in zip(glyphs(self.ids.flatten()), masked, fresh, strict=True):
             known = FRESH if new else FAINT if glyph == "↵" else CALM
             cells.append(("█", BLOCK) if hidden else (glyph, known))
-        for row in range(rows):
-            yield cells[row * cols : (row + 1) * cols]
+        return [cells[start : start + cols] for start in range(0, len(cells), cols)]
 
 
 def glyphs(ids) -> list[str]:
@@ -65,26 +64,19 @@ def glyphs(ids) -> list[str]:
     cells = []
     for character in bytes(ids.tolist()).decode("utf-8", errors="surrogateescape"):
         visible = "↵" if character == "\n" else character if character.isprintable() else "·"
-        n_bytes = len(character.encode("utf-8", errors="surrogateescape"))
-        cells += [visible, *"·" * (n_bytes - 1)]
+        cells += visible.ljust(len(character.encode("utf-8", errors="surrogateescape")), "·")
     return cells
 
 
-class Film:
-    """Makes frames of the states of a text: it knows which characters a state changed."""
-
-    def __init__(self, mask_token_id: int):
-        self.mask_token_id, self.last = mask_token_id, None
-
-    def frame(self, ids: torch.Tensor, title: str) -> Frame:
-        """ids (rows, cols). Fresh is a character that differs from the last one seen there: what a
-        correction masks and confirms is not."""
+def frames(scenes: Iterable[tuple], mask_token_id: int) -> Iterator[Frame]:
+    """Fresh is what differs from the last character seen there, so not one that is confirmed."""
+    last = None
+    for ids, title, hold in scenes:
         ids = ids.cpu()
-        masked = ids == self.mask_token_id
-        last = torch.where(masked, 0, ids) if self.last is None else self.last
-        fresh = ~masked & (ids != last)
-        self.last = torch.where(masked, last, ids)
-        return Frame(ids, masked, fresh, title)
+        masked = ids == mask_token_id
+        last = ids if last is None else last
+        yield Frame(ids, masked, ~masked & (ids != last), title, hold)
+        last = torch.where(masked, last, ids)
 
 
 class Recorder:
@@ -139,119 +131,104 @@ class Recorder:
         self.steps.append({"label": label.strip(" ·"), "set": places, "to": to, **facts})
 
 
-def add_arguments(parser: CommandLine, fps: int) -> None:
+def command_line(doc: str, fps: int) -> CommandLine:
+    """A parser of what all animations know."""
+    parser = CommandLine(doc)
     add_model_arguments(parser)
     add = parser.add_argument_group("picture").add_argument
-    add("--save", type=picture_path(".gif", ".html"), help="write a GIF or page; needs no display")
+    add("--save", type=partial(picture_path, (".gif", ".html")), help="write a GIF or a page")
     add("--fps", type=number(float, 0.1, 50), default=fps, help="frames per second")
+    return parser
 
 
-def picture_path(*endings: str):
-    """An argparse type: a path with one of these endings, in a folder that can be written."""
-
-    def parse(text: str) -> Path:
-        path = Path(text)
-        if path.suffix.lower() not in endings:
-            wanted = " or ".join(endings)
-            raise argparse.ArgumentTypeError(f"{text!r}: the name has to end in {wanted}")
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{text!r}: cannot be written")
-        return path
-
-    return parse
+def picture_path(endings: tuple[str, ...], text: str) -> Path:
+    """The path of a picture with one of these endings, in a folder that can be written."""
+    path = Path(text)
+    if path.suffix.lower() not in endings:
+        raise argparse.ArgumentTypeError(f"{text!r}: the name has to end in {' or '.join(endings)}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}: cannot be written")
+    return path
 
 
 def panel(x, width: int = 64):
-    """A text (1, T) as a rectangle (rows, cols), in the widest equal lines of at most `width`."""
-    T = x.size(1)
-    return x.view(-1, max(n for n in range(1, min(T, width) + 1) if T % n == 0))
+    """The characters of x as (rows, cols), in the widest equal lines of at most `width`."""
+    return x.view(-1, max(n for n in range(1, width + 1) if x.numel() % n == 0))
 
 
-def show(frames: Iterable[Frame], args, recorder: Recorder) -> None:
-    """Plays or saves the frames as the command line asks."""
+def show(scenes: Callable[..., Iterable[tuple]], args, **look) -> None:
+    """Plays or saves the scenes as the command line asks. `look` is for their page."""
+    model = load_for_sampling(args.weights, pick_device(args.device))
+    recorder = Recorder(model.config.mask_token_id, **look)
+    shots = frames(scenes(model, args, recorder), model.config.mask_token_id)
     if args.save and args.save.suffix.lower() == ".html":
         recorder.on = True
-        *_, _ = frames
+        *_, _ = shots
         with replacing(args.save) as file:
             file.write(page(args.weights, **recorder.trace).encode())
     elif args.save:
-        save(frames, args.save, args.fps)
+        save(shots, args.save, args.fps)
     elif sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-        play(frames, args.fps, sys.stdout)
+        play(shots, args.fps, sys.stdout)
     else:  # a pipe, a file or a terminal that can't redraw gets the last frame as plain text
-        *_, last = frames
-        rows = ("".join(glyph for glyph, _ in row) for row in last.cells())
-        print("\n".join([last.title, *rows]))
+        *_, last = shots
+        print(last.title, *("".join(glyph for glyph, _ in row) for row in last.cells()), sep="\n")
 
 
 def play(frames: Iterable[Frame], fps: float, out) -> None:
-    """Redraws in place with ANSI colours, unless NO_COLOR is set. A terminal that became too narrow
-    or too low shows what fits."""
-    with terminal(out):
-        height = 0
-        for frame in frames:
-            cols, lines = shutil.get_terminal_size()
-            rows = [[(glyph, TITLE) for glyph in frame.title], *frame.cells()][: lines - 1]
-            out.write(f"\x1b[{height}F" if height else "")  # up to the first line
-            for row in rows:
-                for rgb, run in itertools.groupby(row[:cols], key=lambda cell: cell[1]):
-                    out.write(colour(rgb) + "".join(glyph for glyph, _ in run))
-                out.write("\x1b[0m\x1b[K\n")
-            out.write("\x1b[J")
-            out.flush()
-            height = len(rows)
-            time.sleep(frame.hold / fps)
-
-
-@contextmanager
-def terminal(out) -> Iterator[None]:
-    """Inside, the cursor is hidden and lines do not wrap. Gives both back in the end, and when a
-    signal stops or pauses the process."""
-
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    def pause(number, frame):
-        out.write(SHOWN)
-        out.flush()
-        os.kill(os.getpid(), signal.SIGSTOP)
-        out.write(HIDDEN)
-
-    for name, handler in {"SIGTERM": stop, "SIGHUP": stop, "SIGTSTP": pause}.items():
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
+    """Redraws in place, in colours unless NO_COLOR is set. A small terminal shows what fits."""
+    plain, rows = os.environ.get("NO_COLOR"), []
+    handle_signals(out, rows)
     out.write(HIDDEN)
     try:
-        yield
+        for frame in frames:
+            cols, lines = shutil.get_terminal_size()
+            height = sum((len(row) + cols - 1) // cols for row in rows)  # narrower: they wrapped
+            out.write(f"\x1b[{height}F" if height else "")  # up to the first line
+            fitting = [[(glyph, TITLE) for glyph in frame.title], *frame.cells()][: lines - 1]
+            rows[:] = [row[:cols] for row in fitting]
+            for row in rows:
+                out.write("\x1b[K")  # before the text: in the last column it would take a letter
+                for (r, g, b), run in itertools.groupby(row, key=lambda cell: cell[1]):
+                    out.write("" if plain else f"\x1b[38;2;{r};{g};{b}m")
+                    out.write("".join(glyph for glyph, _ in run))
+                out.write("\x1b[0m\n")
+            print("\x1b[J", end="", file=out, flush=True)
+            time.sleep(frame.hold / fps)
     finally:
-        out.write(SHOWN)
-        out.flush()
+        print(SHOWN, end="", file=out, flush=True)
 
 
-def colour(rgb: tuple[int, int, int]) -> str:
-    """The ANSI sequence that switches to a colour; nothing where the user wants none."""
-    return "" if os.environ.get("NO_COLOR") else "\x1b[38;2;{};{};{}m".format(*rgb)
+def handle_signals(out, rows: list) -> None:
+    """A stop is a Ctrl-C. A pause gives the cursor back; then frames begin anew, over no `rows`."""
+
+    def pause(number, frame):
+        print(SHOWN, end="", file=out, flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        out.write(HIDDEN)
+        rows.clear()
+
+    stop = signal.default_int_handler
+    for name, handler in {"SIGTERM": stop, "SIGHUP": stop, "SIGTSTP": pause}.items():
+        if hasattr(signal, name):  # Windows has only the first
+            signal.signal(getattr(signal, name), handler)
 
 
-def picture(frame: Frame, size: int = 16):
-    """The frame as a Pillow image. `size` is the font's height in pixels."""
+def picture(frame: Frame):
+    """The frame as a Pillow image."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
-    path = Path(get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")
-    font = ImageFont.truetype(str(path), size)
-    width, height, margin = round(font.getlength("M")), round(1.35 * size), size
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", size=16)
+    width, height, margin = 10, 22, 16  # pixels; a cell of this font fits
     rows, cols = frame.ids.shape
     image = Image.new("RGB", (cols * width + 2 * margin, (rows + 2) * height + margin), BACKGROUND)
     pen = ImageDraw.Draw(image)
     pen.text((margin, margin // 2), frame.title, font=font, fill=TITLE)
     for row, cells in enumerate(frame.cells()):
-        for col, (character, rgb) in enumerate(cells):
-            left, top = margin + col * width, margin // 2 + int((row + 1.5) * height)
-            if character == "█":
-                pen.rectangle((left + 1, top + 2, left + width - 2, top + height - 3), fill=rgb)
-            else:
-                pen.text((left, top), character, font=font, fill=rgb)
+        for col, (glyph, rgb) in enumerate(cells):
+            place = margin + col * width, margin // 2 + int((row + 1.5) * height)
+            pen.text(place, glyph.replace("█", "▉"), font=font, fill=rgb)  # with gaps between
     return image
 
 
@@ -261,10 +238,9 @@ def save(frames: Iterable[Frame], path: Path, fps: float) -> None:
     shared = max(map(picture, frames[::8]), key=lambda image: len(image.getcolors(1 << 20)))
     shared = shared.quantize(128)
     images = [picture(frame).quantize(palette=shared, dither=0) for frame in frames]
-    durations = [round(1000 * frame.hold / fps) for frame in frames]
     with replacing(path) as file:
-        images[0].save(file, format="GIF", save_all=True, append_images=images[1:], loop=0,
-                       duration=durations, optimize=True)
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], loop=0, optimize=True,
+                       duration=[round(1000 * frame.hold / fps) for frame in frames])
 
 
 def page(weights: Path, **trace) -> str:
@@ -273,5 +249,5 @@ def page(weights: Path, **trace) -> str:
     trace["command"] = shlex.join(["uv", "run", script, *sys.argv[1:]])
     trace["nelbo"] = read_checkpoint(weights)["meta"].get("val_nelbo")
     island = json.dumps(trace, separators=(",", ":")).replace("<", "\\u003c")
-    with open(Path(__file__).with_name("page.html"), encoding="utf-8") as file:
-        return file.read().replace("{}</script>", island + "</script>", 1)
+    html = Path(__file__).with_name("page.html").read_text("utf-8")
+    return html.replace("{}</script>", island + "</script>", 1)

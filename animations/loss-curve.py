@@ -1,49 +1,38 @@
-"""Draw the loss curve of a training run from the log that it left beside its weights.
+"""Draw the loss curves of a training run from the log that its weights, or its state, hold.
 
-    uv run animations/loss-curve.py --save animations/loss-curve.png
-    uv run animations/loss-curve.py --log weights/mine.csv --save mine.png
+    uv run animations/loss-curve.py --save weights/loss-curve.png
+    uv run animations/loss-curve.py --weights weights/mine.pt --save mine.png
 """
 
-import csv
+from functools import partial
 from pathlib import Path
 
 from drawing import picture_path
-from model import DEFAULT_WEIGHTS, BadInput, CommandLine, replacing, run
-
-
-def read_log(path: Path) -> dict[str, list[float]]:
-    """The log's columns by name. Raises BadInput where it is missing or no such log."""
-    names = "characters_seen", "train_nelbo", "val_nelbo"
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        return {name: [float(row[name]) for row in rows] for name in names}
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise BadInput(f"{path}: not a training log ({error})") from error
-
-
-def draw_curve(log: dict[str, list[float]]):
-    from matplotlib.figure import Figure  # without pyplot, no display or backend matters
-
-    figure = Figure(figsize=(7, 4), dpi=110, layout="tight")
-    axes = figure.subplots()
-    characters = [c / 1e6 for c in log["characters_seen"]]
-    axes.plot(characters, log["train_nelbo"], "o-", ms=3, color="#7a86a6", label="train")
-    axes.plot(characters, log["val_nelbo"], "o-", ms=3, color="#d98c00", label="validation")
-    axes.set(xlabel="million characters seen", ylabel="NELBO, nats per character")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+from model import DEFAULT_WEIGHTS, BadInput, CommandLine, read_checkpoint, replacing, run
 
 
 def main(argv: list[str] | None = None) -> None:
+    from matplotlib.figure import Figure  # without pyplot, no display or backend matters
+
     parser = CommandLine(__doc__)
-    log = DEFAULT_WEIGHTS.with_suffix(".csv")
-    parser.add_argument("--log", type=Path, default=log, help="log of the run")
-    parser.add_argument("--save", type=picture_path(".png", ".svg", ".pdf"), required=True,
-                        help="picture to write")
+    add = parser.add_argument
+    add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="X.pt or X.state.pt of the run")
+    add("--save", type=partial(picture_path, (".png", ".svg", ".pdf")), required=True,
+        help="picture to write")
     args = parser.parse_args(argv)
-    figure = draw_curve(read_log(args.log))
+    contents = read_checkpoint(args.weights)
+    log = contents.get("run", contents["meta"]).get("log")
+    if not log:
+        raise BadInput(f"{args.weights}: holds no log of a training run")
+    figure = Figure(figsize=(7, 4), dpi=110, layout="tight")
+    axes = figure.subplots()
+    characters = [row["characters_seen"] / 1e6 for row in log]
+    for name in log[0]:
+        if name.endswith(("_nelbo", "_loss")):
+            axes.plot(characters, [row[name] for row in log], "o-", ms=3, label=name)
+    axes.set(xlabel="million characters seen", ylabel="nats per character")
+    axes.grid(alpha=0.3)
+    axes.legend()
     with replacing(args.save) as file:
         figure.savefig(file, format=args.save.suffix[1:])
 

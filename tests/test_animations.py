@@ -12,7 +12,10 @@ from conftest import TINY, Screen, assert_one_clear_line, no_space, random_model
 from PIL import Image
 
 import drawing
-from sample import SamplerConfig, denoise, draft_and_correct, left_to_right
+from model import save_weights
+from sample import (
+    SamplerConfig, add_sampler_arguments, denoise, draft_and_correct, left_to_right,
+)
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses /proc")
 
@@ -80,9 +83,9 @@ def test_game_works_where_the_sequence_length_does_not_divide_the_board():
 
 
 def some_frames():
-    film = drawing.Film(mask_token_id=0)
     states = [0, 0, 0, 0], [72, 0, 0, 10], [72, 105, 7, 10]
-    return [film.frame(torch.tensor(ids).view(2, 2), "test") for ids in states]
+    scenes = [(torch.tensor(ids).view(2, 2), "test", 1) for ids in states]
+    return list(drawing.frames(scenes, mask_token_id=0))
 
 
 def test_frames_say_what_is_masked_and_what_is_fresh():
@@ -97,17 +100,17 @@ def test_frames_say_what_is_masked_and_what_is_fresh():
 
 
 def test_a_character_that_a_correction_confirms_is_not_fresh():
-    film = drawing.Film(mask_token_id=0)
-    states = [72, 105], [0, 0], [72, 106]
-    frames = [film.frame(torch.tensor([ids]), "") for ids in states]
+    scenes = [(torch.tensor([ids]), "", 1) for ids in ([72, 105], [0, 0], [72, 106])]
+    frames = list(drawing.frames(scenes, mask_token_id=0))
     assert frames[1].masked.all() and frames[2].fresh.tolist() == [[False, True]]
 
 
-def test_titles_say_draft_or_correction(tiny_weights):
-    config = SamplerConfig(lookback=16)
-    args = Namespace(seed=0, num_blocks=1, fps=10)
-    titles = [frame.title for frame in process.frames(random_model(), "cpu", config, args,
-                                                  drawing.Recorder(0))]
+def test_titles_say_draft_or_correction():
+    parser = drawing.command_line("", fps=10)
+    add_sampler_arguments(parser)
+    args = parser.parse_args(["--turns", "9", "--stride", "4"], Namespace(num_blocks=1))
+    titles = [title for _, title, _ in process.scenes(random_model(), args, drawing.Recorder(0))]
+    assert all(f"   network call {n}   " in titles[n] for n in range(1, 18))
     phases = [next((w for w in ("draft", "correction") if w in title), "") for title in titles]
     assert phases == ["", *["draft"] * 9, *["correction"] * 9]
 
@@ -120,14 +123,20 @@ def test_terminal_redraws_in_place_and_gives_the_cursor_back(screen):
     assert text.startswith("\x1b[?25l") and "\x1b[?25h" in text[-20:]
 
 
-def test_no_color_and_dumb_terminals_are_honoured(monkeypatch, screen, capsys):
+def showing(weights):
+    """What `show` takes: scenes and arguments."""
+    scenes = [(frame.ids, frame.title, 1) for frame in some_frames()]
+    return lambda *_: scenes, Namespace(weights=weights, device="cpu", save=None, fps=1000)
+
+
+def test_no_color_and_dumb_terminals_are_honoured(monkeypatch, screen, capsys, tiny_weights):
     monkeypatch.setenv("NO_COLOR", "1")
     drawing.play(some_frames(), 1000, screen.out)
     screen.text()
     assert b"\x1b[38" not in screen.received and b"\x1b[3F" in screen.received
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    drawing.show(some_frames(), Namespace(save=None, fps=1000), drawing.Recorder(0))
+    drawing.show(*showing(tiny_weights))
     assert capsys.readouterr().out.splitlines() == ["test", "Hi", "·↵"]
 
 
@@ -137,11 +146,22 @@ def test_frames_do_not_pile_up_on_a_small_terminal(rows, cols, monkeypatch):
     size = os.terminal_size((cols, rows))
     monkeypatch.setattr(drawing.shutil, "get_terminal_size", lambda: size)
     ids = torch.full((20, 64), ord("x"))
-    frame = drawing.Frame(ids, ids == 0, ids == 0, "t" * 70)
+    frame = drawing.Frame(ids, ids == 0, ids == 0, "t" * 70, hold=1)
     drawing.play([frame] * 3, 1000, screen.out)
     lines = screen.text().splitlines()
     assert len(lines) == min(21, rows - 1) and lines[0] == "t" * min(70, cols)
     assert set(lines[1:]) == {"x" * min(64, cols)}
+
+
+def test_a_narrower_window_leaves_nothing_of_the_frame_that_it_wrapped(monkeypatch, screen):
+    sizes = iter([os.terminal_size((80, 24)), os.terminal_size((30, 24))])
+    monkeypatch.setattr(drawing.shutil, "get_terminal_size", lambda: next(sizes))
+    ids = torch.full((2, 64), ord("x"))
+    drawing.play([drawing.Frame(ids, ids == 0, ids == 0, "test", hold=1)] * 2, 1000, screen.out)
+    screen.text()
+    assert screen.received.count(b"\x1b[7F") == 1  # a line of title, two times three of text
+    *_, last = screen.received.split(b"\n")[:-1]
+    assert last.index(b"\x1b[K") < last.index(b"x" * 30)  # which would erase the last column
 
 
 @linux_only
@@ -169,8 +189,8 @@ def test_characters_of_several_bytes_are_shown_as_themselves():
     assert drawing.glyphs(ids) == ["é", "·", "☃", "·", "·", "↵", "·", "·", "·"]
 
 
-def test_a_pipe_gets_the_last_frame_as_plain_text(capsys):
-    drawing.show(some_frames(), Namespace(save=None, fps=1000), drawing.Recorder(0))
+def test_a_pipe_gets_the_last_frame_as_plain_text(capsys, tiny_weights):
+    drawing.show(*showing(tiny_weights))
     assert capsys.readouterr().out.splitlines() == ["test", "Hi", "·↵"]
 
 
@@ -182,16 +202,24 @@ def test_a_panel_has_the_widest_equal_lines(length, width, shape):
 
 def race_frames(model):
     args = Namespace(seed=0, temperature=1.0, parallel_temperature=1.0, prompt="To be", fps=10)
-    return list(race.frames(model, torch.device("cpu"), args, drawing.Recorder(0)))
+    return list(drawing.frames(race.scenes(model, args, drawing.Recorder(0)), mask_token_id=0))
+
+
+def states_in_parallel(model):
+    x = torch.zeros(1, 32, dtype=torch.long)
+    x[0, :5] = torch.tensor(list(b"To be"))
+    config = SamplerConfig(temperature=1.0)
+    return list(draft_and_correct(model, x, x == 0, config, seeded()))
 
 
 def test_each_runner_of_a_race_makes_one_call_a_frame_and_then_waits():
-    frames = race_frames(random_model())
+    model = random_model()
+    frames, n = race_frames(model), len(states_in_parallel(model))
     panels = [(frame.masked[:, :32], frame.masked[:, 36:]) for frame in frames]
     assert [int(left.sum()) for left, _ in panels[:28]] == list(range(27, -1, -1))
-    assert frames[-1].title == "left to right: 27 calls   in parallel: 17 calls"
-    assert frames[5].title == "left to right: 5 calls   in parallel: 5 calls"
-    assert not panels[17][1].any() and len(frames) == 29
+    title = "network calls   left to right, no cache: {}   in parallel: {}"
+    assert frames[5].title == title.format(5, 5) and frames[-1].title == title.format(27, n)
+    assert not panels[n][1].any() and len(frames) == 29
     assert (frames[-1].ids[0, :5] == torch.tensor(list(b"To be"))).all()
 
 
@@ -201,7 +229,7 @@ def test_both_runners_of_a_race_write_what_the_sampler_writes():
     x = torch.zeros(1, 32, dtype=torch.long)
     x[0, :5] = torch.tensor(list(b"To be"))
     *_, left = denoise(model, x, left_to_right, 1.0, seeded())
-    *_, right = draft_and_correct(model, x, x == 0, SamplerConfig(), seeded())
+    *_, right = states_in_parallel(model)
     assert torch.equal(last[:, :32].flatten(), left[0])
     assert torch.equal(last[:, 36:].flatten(), right[0])
 
@@ -255,11 +283,17 @@ def test_output_is_utf8_whatever_the_locale_says(tiny_weights):
     assert len(shown.stdout.splitlines()[1]) == 32
 
 
-@pytest.mark.parametrize("contents", ["id,poem\n1,roses\n", "characters_seen\nmany\n"])
-def test_a_file_that_is_no_log_has_no_curve(contents, tmp_path, command):
-    (tmp_path / "w.csv").write_text(contents, encoding="utf-8")
-    drawn = command(curve.main, "--log", tmp_path / "w.csv", "--save", tmp_path / "x.png")
-    assert_one_clear_line(drawn, "w.csv", "not a training log")
+def test_a_curve_is_drawn_of_the_log_in_weights(tmp_path, command):
+    model, picture = random_model(), tmp_path / "x.png"
+    log = [{"step": n, "characters_seen": 1e6 * n, "val_nelbo": 2.0 / n} for n in (1, 2)]
+    save_weights(model, {"log": log}, tmp_path / "w.pt")
+    drawn = command(curve.main, "--weights", tmp_path / "w.pt", "--save", picture)
+    assert drawn.returncode == 0, drawn.stderr
+    with Image.open(picture) as image:
+        assert image.width > 600
+    save_weights(model, {}, tmp_path / "w.pt")
+    drawn = command(curve.main, "--weights", tmp_path / "w.pt", "--save", picture)
+    assert_one_clear_line(drawn, "w.pt", "no log")
 
 
 @pytest.mark.parametrize("name", [life, process, race], ids=lambda module: module.__name__)
