@@ -296,10 +296,10 @@ def decode_tokens(tokens) -> str:
 
 
 def read_text(path: Path | str) -> str:
-    """The UTF-8 text of a file, or of stdin for "-", without a byte order mark."""
+    """The UTF-8 text of a file, or of stdin for "-": no byte order mark, line ends as on Unix."""
     try:
         raw = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -374,12 +374,13 @@ def load_weights(path: Path | str, device: torch.device | str = "cpu"):
         with torch.device("meta"):  # without memory, as a damaged file may ask for any size
             model = DiffusionTransformer(DiffusionConfig(**contents["config"]))
         model.load_state_dict(state, assign=True)
-        if not all(tensor.isfinite().all() for tensor in state.values()):
+        model = model.float().to(device)
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise BadInput("it holds numbers that are not finite")
     except (TypeError, RuntimeError, BadInput) as error:
         why = str(error).splitlines()[-1].strip()
         raise BadInput(f"weights file {path}: unusable ({why})") from error
-    return model.float().to(device).eval(), contents["meta"]
+    return model.eval(), contents["meta"]
 
 
 # What all scripts share ---------------------------------------------------------------------------
@@ -409,14 +410,14 @@ def number(kind: type, least: float, most: float = math.inf):
             value = kind(text)
             if least <= value <= most and value < math.inf:
                 return value
-        wanted = f"{'a whole' if kind is int else 'a'} number from {least:g}"
-        upper = f" to {most:g}" if most < math.inf else ""
+        wanted = f"{'a whole' if kind is int else 'a'} number from {least}"
+        upper = f" to {most}" if most < math.inf else ""
         raise argparse.ArgumentTypeError(f"{text!r}: expected {wanted}{upper}")
 
     return parse
 
 
-COUNT = number(int, 1)
+COUNT = number(int, 1, 10**9)
 SEED = number(int, 0, 2**31 - 1)
 TEMPERATURE = number(float, 0, 100)
 
@@ -462,6 +463,9 @@ def warn(message: str) -> None:
 def run(main: Callable[[], None]) -> None:
     """Calls main; bad input and failing files end in one line and exit code 2, a closed pipe
     quietly. What is written is UTF-8 on every platform."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as by 2>&-
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -24,7 +24,7 @@ import torch
 from model import (
     COUNT, DEFAULT_WEIGHTS, SEED, TEMPERATURE, BadInput, CommandLine, DiffusionTransformer,
     decode_tokens, encode_text, load_weights, multiplies_bf16, noise_index, number, pick_device,
-    read_text, run,
+    read_text, run, warn,
 )
 
 # Rules: which characters a step unmasks -----------------------------------------------------------
@@ -278,7 +278,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt-file", type=Path, help="file whose text is the prompt")
     add("--infill", metavar="TEXT", help="fill every underscore of TEXT, or of stdin if TEXT is -")
     add = text.add_argument
-    add("--num-blocks", type=COUNT, help="blocks to write (default: 30 sequence lengths of text)")
+    add("--num-blocks", type=number(int, 1, 100_000),
+        help="blocks to write (default: 30 sequence lengths of text)")
     add("--num-samples", type=number(int, 1, 10_000), default=1,
         help="texts to write, all in one batch")
     add_sampler_arguments(parser)
@@ -310,8 +311,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load_for_sampling(args.weights, device)
     config = sampler_config(args, model.config.sequence_len)
     if args.prompt and not config.lookback:
-        raise BadInput(f"--block-len {config.block_len} leaves no room for the prompt: a block has "
-                       "to be shorter than the model's sequence length to see it")
+        raise BadInput(f"with --block-len {config.block_len} and --lookback 0 no block sees the "
+                       "prompt")
     unseen = 0 if args.prompt or args.infill else 2
     if unseen:  # text begins where a speaker does
         args.prompt = "\n\n"
@@ -327,11 +328,10 @@ def main(argv: list[str] | None = None) -> None:
     for i, row in enumerate(x[1:, unseen:], start=2):
         print(f"\n----- sample {i} -----\n{decode_tokens(row)}")
     seconds = time.perf_counter() - started
-    print(f"{n_written} characters in {seconds:.1f} s, {n_written / seconds:.0f} a second",
-          file=sys.stderr)
+    warn(f"{n_written} characters in {seconds:.1f} s, {n_written / seconds:.0f} a second")
     if sys.stderr.isatty():
-        print('try --prompt "ROMEO:", --infill "To be, or ___", or --turns 40, which writes better '
-              "text in more calls", file=sys.stderr)
+        warn('try --prompt "ROMEO:", --infill "To be, or ___", or --turns 40, which writes better '
+             "text in more calls")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume:
         source = state_beside(args.weights)
         state = read_checkpoint(source)
-        if not {"optimizers", "run", "args"} <= state.keys():
+        if not {"optimizers", "run"} <= state.keys() or not isinstance(state.get("args"), dict):
             raise BadInput(f"{source}: weights alone, so there is nothing to resume")
         saved = state["args"]
     elif source is not None:
@@ -259,15 +259,16 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     holds all that torchrun sets; a platform may set some of it for purposes of its own."""
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
-    rank, world, local, *master = (os.environ.get(name, "") for name in names)
-    if not all(master) or not all(word.isdecimal() for word in (rank, world, local)):
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
+    *numbers, address = (os.environ.get(name, "") for name in names)
+    rank, world, local, port = (int(word) if word.isdecimal() else -1 for word in numbers)
+    if not (address and 0 <= rank < world and 0 <= local and 0 < port < 65536):
         return 0, 1, pick_device(args.device)
-    rank, world, device = int(rank), int(world), args.device
+    device = args.device
     if args.batch_size % world:
         raise BadInput(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(local))  # first, or every process opens a context on GPU 0
+        torch.cuda.set_device(local)  # first, or every process opens a context on GPU 0
     elif device == "auto":
         device = "cpu"  # MPS can't exchange gradients
     device = pick_device(device)
@@ -335,30 +336,34 @@ def compiled(model, batch_size: int):
 
 
 def state_beside(weights: Path) -> Path:
-    """X.state.pt for X.pt."""
-    return weights.with_name(weights.name.removesuffix(".pt") + ".state.pt")
+    """X.state.pt for X.pt, or beside what a link X.pt points to."""
+    path = os.path.realpath(weights) if weights.is_symlink() else str(weights)
+    return Path(path.removesuffix(".pt") + ".state.pt")
 
 
 def claim_files(args: argparse.Namespace, config, sha256: str, val, device) -> float:
     """Creates the state of a new run, which refuses a second one. Returns the quick validation
     bound of the weights that are there, which the run has to beat, or infinity. Raises BadInput
     for files that no run has written, and for weights of another text or vocabulary."""
-    weights, state, model = args.weights, state_beside(args.weights), None
+    weights, state, mark = args.weights, state_beside(args.weights), math.inf
     if weights.suffix != ".pt" or weights.name.endswith(".state.pt") or weights.is_dir():
-        raise BadInput(f"--weights {weights}: the name has to end in .pt, and not in .state.pt")
+        raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
     if weights.exists():
         model, meta = load_weights(weights, device)
-        theirs = meta.get("corpus_sha256", sha256), model.config.vocab_size
-        if theirs != (sha256, config.vocab_size):
-            raise BadInput(f"{weights} learned another text, or has vocab_size {theirs[1]} and not "
+        if meta.get("corpus_sha256", sha256) != sha256:
+            raise BadInput(f"{weights} learned another text; choose another --weights")
+        if model.config.vocab_size != config.vocab_size:
+            raise BadInput(f"{weights} has vocab_size {model.config.vocab_size} and not "
                            f"{config.vocab_size}; choose another --weights")
+        mark = nelbo(model, val, **QUICK)[0]
+    if args.resume:
+        return mark
     try:
         weights.parent.mkdir(parents=True, exist_ok=True)
         state.touch(exist_ok=False)
     except FileExistsError as error:
         raise BadInput(f"{state} holds a run: --resume continues it, or delete it") from error
-    mark = nelbo(model, val, **QUICK)[0] if model else math.inf
-    if model:
+    if mark < math.inf:
         warn(f"{weights} has a quick validation bound of {mark:.4f}; only a lower one replaces it")
     return mark
 
@@ -368,8 +373,8 @@ def saved(save, *arguments) -> bool:
     again."""
     try:
         save(*arguments)
-    except OSError as error:
-        warn(f"not saved, the next save tries again: {error}")
+    except (OSError, RuntimeError) as error:  # torch.save makes the one the other
+        warn(f"not saved, the next save tries again: {str(error).splitlines()[0]}")
         return False
     return True
 
@@ -412,25 +417,26 @@ def evaluate(args, about: dict, model, run: dict, splits: dict) -> None:
          f"{figures}\n{decode_tokens(x[0])}\n")
 
 
-def full_bound(model, val, path: Path) -> dict[str, float]:
-    """Prints the validation bound of the model in that file, and returns it for the meta."""
-    mean, error = nelbo(model, val)
+def show_bound(path: Path, mean: float, error: float) -> None:
     print(f"{path}: validation NELBO {mean:.4f} +- {error:.4f} nats per character "
           f"({mean / math.log(2):.4f} bits)")
-    return {"val_nelbo": mean, "val_nelbo_error": error}
 
 
 def finish(args, val, device: torch.device, run: dict) -> None:
     """The full bound of what the run wrote, into the file and onto the screen."""
     state = state_beside(args.weights)
+    if run["best"] == math.inf and run["mark"] == math.inf:
+        raise BadInput(f"{args.weights} could not be written; what was saved is in {state}")
     if run["best"] == math.inf:
         print(f"{args.weights} was better and stays; this run's model: "
-              f"uv run sample.py --weights {state}")
+              f"uv run sample.py --weights {shlex.quote(str(state))}")
         return
     model, meta = load_weights(args.weights, device)
-    meta = {**meta, **full_bound(model, val, args.weights), "log": run["log"]}
-    save_weights(model, meta, args.weights)
-    state.unlink()
+    mean, error = nelbo(model, val)
+    meta |= {"val_nelbo": mean, "val_nelbo_error": error, "log": run["log"]}
+    if saved(save_weights, model, meta, args.weights):
+        state.unlink()
+    show_bound(args.weights, mean, error)
 
 
 def start_run(args, config, texts: list[str], device: torch.device):
@@ -438,21 +444,23 @@ def start_run(args, config, texts: list[str], device: torch.device):
     optimizers, generator, and what it has to remember."""
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
-    model = DiffusionTransformer(config).to(device)
-    if args.init and not args.resume:
-        model.load_state_dict(load_weights(args.init, device)[0].state_dict())
+    model = load_weights(args.init)[0] if args.init and not args.resume else None
+    model = (model or DiffusionTransformer(config)).to(device)
     optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
     run = {"step": 0, "seconds": 0.0, "best": math.inf, "mark": math.inf, "log": []}
     if args.resume:
-        about = args.state["meta"]
-        if (about["texts"], about["device"]) != (texts, device.type):
+        try:
+            run, about = run | args.state["run"], args.state["meta"]
+            model.load_state_dict(args.state["model"])
+            for optimizer, saved in zip(optimizers, args.state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            generator.set_state(args.state["generator"])
+            same = (about["texts"], about["device"]) == (texts, device.type)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{state_beside(args.weights)}: not the state of this run") from error
+        if not same:
             raise BadInput(f"the run to resume learned other texts than {args.data}, or on "
                            f"{about['device']} and not on {device.type}")
-        model.load_state_dict(args.state["model"])
-        for optimizer, optimizer_state in zip(optimizers, args.state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        generator.set_state(args.state["generator"])
-        run = args.state["run"]
     return model, optimizers, generator, run
 
 
@@ -483,9 +491,11 @@ def train(args: argparse.Namespace, command: str) -> int:
         f"{device.type}, {torch.get_num_threads()} threads, bfloat16 {multiplies_bf16(device)}",
     }
     save = partial(save_state, args, about, model, optimizers, generator, run)
-    if leader and not args.resume:
-        run["mark"] = claim_files(args, config, sha256, val, device)
-        saved(save)
+    if leader:
+        mark = claim_files(args, config, sha256, val, device)
+        if not args.resume:
+            run["mark"] = mark
+            saved(save)
 
     # Compile and DDP
     rows = args.batch_size // world
@@ -550,7 +560,7 @@ def train(args: argparse.Namespace, command: str) -> int:
         finish(args, val, device, run)
     elif leader:
         warn(f"stopped after step {run['step']}; continue: uv run training.py --resume --weights "
-             f"{args.weights}")
+             f"{shlex.quote(str(args.weights))}")
     return 0 if finished else signum
 
 
@@ -558,8 +568,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.eval_only:
         model, _ = load_weights(args.weights, pick_device(args.device))
-        full_bound(model, load_corpus(args.data[0], model.config)[1], args.weights)
-        return
+        return show_bound(args.weights, *nelbo(model, load_corpus(args.data[0], model.config)[1]))
     words = sys.argv[1:] if argv is None else argv
     try:
         signum = train(args, shlex.join(["uv", "run", "training.py", *map(str, words)]))

@@ -210,8 +210,9 @@ def handle_signals(out, rows: list) -> None:
 
     stop = signal.default_int_handler
     for name, handler in {"SIGTERM": stop, "SIGHUP": stop, "SIGTSTP": pause}.items():
-        if hasattr(signal, name):  # Windows has only the first
-            signal.signal(getattr(signal, name), handler)
+        number = getattr(signal, name, None)  # Windows has only the first
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, handler)
 
 
 def picture(frame: Frame):

@@ -1,10 +1,17 @@
 """Small models shared by the tests."""
 
+import os
+
+# The tests run alike in an editor's dumb terminal, a notebook, a cluster's job and on busy cores
+os.environ |= {"TERM": "xterm", "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+for name in ("COLUMNS", "LINES", "NO_COLOR", "MPLBACKEND", "PYTHONIOENCODING", "RANK", "WORLD_SIZE",
+             "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)
+
 import contextlib
 import importlib
 import itertools
 import multiprocessing
-import os
 import re
 import struct
 import subprocess

@@ -1,12 +1,15 @@
 """Device code without the device: it runs on fake CUDA tensors, which have shapes, types and places
 but hold no numbers. A tensor made on the wrong device raises."""
 
+import os
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from torch._subclasses import FakeTensorMode
 
 import model
@@ -140,3 +143,15 @@ def test_processes_take_a_gpu_each_or_the_cpu_but_never_mps(gpus, device, backen
     found = training.start_processes(SimpleNamespace(batch_size=4, device="auto"))
     assert found == (1, 2, torch.device(device))
     assert chosen == ([1, backend] if gpus else [backend])
+
+
+def test_the_tests_pass_in_a_dumb_terminal_a_notebook_and_a_cluster():
+    odd = {**TORCHRUN, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "9", "LC_ALL": "C",
+           "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    some = "redraws or honoured or curve or folder_is_refused"
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qp", "no:cacheprovider", "tests/test_animations.py",
+         "tests/test_training.py", "-k", some], cwd=ROOT, env={**os.environ, **odd}, text=True,
+        capture_output=True, encoding="utf-8", timeout=180,
+    )
+    assert process.returncode == 0, process.stdout

@@ -1,7 +1,9 @@
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,21 @@ def test_corpus_is_the_published_file_split_as_nanogpt_splits_it():
     assert train.dtype == torch.uint8  # a byte a character, until a batch is drawn
     assert (len(train), len(val)) == (1003854, 111540)
     assert decode_tokens(train) + decode_tokens(val) == DEFAULT_DATA.read_text("utf-8")
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measures with /proc")
+def test_reading_a_text_takes_a_few_bytes_a_character(tmp_path):
+    """Six; it took fifteen."""
+    length, proc = 30_000_000, Path("/proc/self")
+    (tmp_path / "long.txt").write_bytes(b"to be or not to be\n" * (length // 19))
+
+    def peak():
+        return int(re.search(r"VmHWM:\s+(\d+)", (proc / "status").read_text("utf-8"))[1]) * 1024
+
+    (proc / "clear_refs").write_text("5", "utf-8")  # the peak is measured from here
+    before = peak()
+    load_corpus(tmp_path / "long.txt", TINY)
+    assert peak() - before < 10 * length
 
 
 # ---- the network
@@ -346,3 +363,17 @@ def test_a_save_replaces_what_a_link_points_to(tmp_path):
     save_weights(random_model(seed=2), {"seed": 2}, tmp_path / "link.pt")
     assert (tmp_path / "link.pt").is_symlink()
     assert load_weights(tmp_path / "target.pt")[1] == {"seed": 2}
+
+
+def test_weights_too_large_for_float32_are_refused(tmp_path):
+    state = {k: v.double() * 1e300 for k, v in random_model().state_dict().items()}
+    torch.save({"model": state, "config": asdict(TINY), "meta": {}}, tmp_path / "w.pt")
+    with pytest.raises(BadInput):
+        load_weights(tmp_path / "w.pt")
+
+
+def test_the_model_of_a_windows_text_is_prompted_as_it_learned(tmp_path):
+    """A corpus keeps its CR LF, a prompt loses it: the model never saw a bare LF."""
+    (tmp_path / "c.txt").write_bytes(b"to be\r\nor not\r\n" * 60)
+    train, _, _ = load_corpus(tmp_path / "c.txt", TINY)
+    assert 13 not in train.tolist()

@@ -12,7 +12,8 @@ from benchmark_sampling import (
     cosine_ancestral, entropy_bound, factor, gumbel_top_k, leftmost, margin,
 )
 from conftest import (
-    TINY, TableModel, assert_one_clear_line, last, launch, partly_masked, random_model, script,
+    TINY, TableModel, assert_one_clear_line, last, launch, no_space, partly_masked, random_model,
+    script,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -346,7 +347,7 @@ def test_every_block_and_lookback_works_or_is_refused(
     flags += [f"--lookback={lookback}"] * (lookback is not None)
     args = sample.parse_arguments(flags)
     if (block_len or max(1, 3 * sequence_len // 4)) + (lookback or 0) > sequence_len:
-        with pytest.raises(sample.BadInput, match=f"sequence length of {sequence_len}"):
+        with pytest.raises(sample.BadInput, match=f"sequence length, {sequence_len}"):
             sample.sampler_config(args, sequence_len)
     else:
         model = random_model(replace(TINY, sequence_len=sequence_len, context_len=0))
@@ -511,3 +512,13 @@ def test_multibyte_characters_survive_the_edge_of_a_window(tiny_weights, command
     monkeypatch.setattr(sample, "fill", lambda *_: ((raw, end) for end in ends))
     process = command(sample.main, "--weights", tiny_weights, "--prompt", "x")
     assert process.stdout == text + "\n"
+
+
+def test_what_sample_says_to_a_person_fails_nothing(tiny_weights, command, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            no_space()
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    process = command(sample.main, "--weights", tiny_weights, "--num-blocks", 1)
+    assert process.returncode == 0 and len(process.stdout) == 25

@@ -1,5 +1,9 @@
 """training.py from the outside, in processes of its own with a tiny model, and its Muon."""
 
+import argparse
+import contextlib
+import errno
+import io
 import os
 import random
 import signal
@@ -14,10 +18,11 @@ from conftest import (
     Training, assert_one_clear_line, launch, no_space, partly_masked, random_model, script,
 )
 
+import sample
 import training
 from model import (
     DEFAULT_WEIGHTS, DiffusionConfig, autocast, decode_tokens, load_corpus, load_weights,
-    multiplies_bf16, nelbo, noise_index,
+    multiplies_bf16, nelbo, noise_index, save_weights,
 )
 
 not_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
@@ -138,6 +143,23 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(
     assert_same_weights(tmp_path / "w.pt", whole_run)
 
 
+def test_a_run_that_is_stopped_before_its_first_step_is_the_one_that_resumes(
+    small_corpus, tmp_path, command, monkeypatch
+):
+    weights = tmp_path / "w.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "stop_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        stopped = command(training.main, "--data", small_corpus, "--weights", weights, "--steps", 2,
+                          "--seed", 2, *TINY_RUN)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert stopped.stderr.endswith(f"after step 0; continue: uv run training.py --resume --weights "
+                                   f"{weights}\n")
+    resumed = command(training.main, "--resume", "--weights", weights, "--device", "cpu")
+    assert resumed.returncode == 0, resumed.stderr
+    meta = load_weights(weights)[1]
+    assert (meta["step"], meta["seed"]) == (2, 2)
+
+
 @not_windows
 def test_a_hangup_that_was_ignored_before_is_ignored(small_corpus, tmp_path, monkeypatch):
     """As nohup asks for."""
@@ -170,6 +192,29 @@ def test_a_run_in_a_thread_or_a_notebook_leaves_the_signals_alone(small_corpus, 
     assert not errors
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     assert f"--weights {tmp_path}/thread.pt" in load_weights(tmp_path / "thread.pt")[1]["command"]
+
+
+def test_two_runs_at_once_in_one_process_are_two_runs(small_corpus, tmp_path):
+    """As in a web page's threads."""
+    errors = []
+
+    def run(name, steps):
+        try:
+            training.main([str(word) for word in ["--data", small_corpus, "--weights",
+                                                  tmp_path / name, "--steps", steps, *TINY_RUN]])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=arguments) for arguments in (("a", 1), ("b.pt", 2),
+                                                                            ("c.pt", 3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 1 and "a file X.pt" in str(errors[0])
+    for name, steps in (("b.pt", 2), ("c.pt", 3)):
+        meta = load_weights(tmp_path / name)[1]
+        assert meta["step"] == steps and f"{name} --steps {steps} " in meta["command"]
 
 
 def test_a_killed_run_resumes_from_its_last_whole_checkpoint(whole_run, small_corpus, tmp_path):
@@ -229,6 +274,39 @@ def test_a_run_resumes_without_the_weights_that_it_started_from(
     (tmp_path / "init.pt").unlink()
     resumed = Training("--weights", tmp_path / "w.pt", "--resume", "--device", "cpu").wait()
     assert resumed.process.exitcode == 0, resumed.output
+
+
+@pytest.mark.parametrize("table", [
+    pytest.param(b"\xef\xbb\xbfstep;val_nelbo\r\n6;4,5\r\n", id="saved by Excel"),
+    pytest.param(b"id,poem\n1,caf\xe9\n", id="somebody else's"),
+])
+def test_a_table_beside_the_weights_is_neither_read_nor_written(
+    table, whole_run, small_corpus, tmp_path, command
+):
+    (tmp_path / "init.pt").write_bytes(whole_run.read_bytes())
+    for name in ("init.csv", "w.csv"):
+        (tmp_path / name).write_bytes(table)
+    process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
+                      "--init", tmp_path / "init.pt", "--steps", 6, *SETTINGS)
+    assert process.returncode == 0, process.stderr
+    files = snapshot(tmp_path)
+    assert files.keys() == {"init.pt", "w.pt", "init.csv", "w.csv"}
+    assert files["init.csv"] == files["w.csv"] == table
+
+
+@pytest.mark.parametrize("meta", [{"log": "many", "val_nelbo": None, "seconds": "x"}, {3: [1]}],
+                         ids=["words for numbers", "other names"])
+def test_what_others_wrote_into_the_meta_does_not_matter(
+    meta, whole_run, small_corpus, tmp_path, command
+):
+    contents = torch.load(whole_run, weights_only=True)
+    torch.save({**contents, "meta": meta}, tmp_path / "w.pt")
+    files = ["--data", small_corpus, "--weights", tmp_path / "w.pt"]
+    measured = command(training.main, *files, "--eval-only", "--device", "cpu")
+    assert measured.stdout.startswith(f"{tmp_path}/w.pt: validation NELBO"), measured.stderr
+    further = command(training.main, *files, "--init", tmp_path / "w.pt", "--steps", 6, *SETTINGS)
+    assert further.returncode == 0, further.stderr
+    assert [row["step"] for row in load_weights(tmp_path / "w.pt")[1]["log"]] == [6]
 
 
 def test_init_refuses_flags_for_another_shape(whole_run, small_corpus, tmp_path, command):
@@ -304,6 +382,8 @@ def test_the_default_rate_depends_on_the_length_of_the_run(arguments, rate, deca
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "nowhere.txt"], ["nowhere.txt"]),
     (["--data", "."], ["."]),
+    (["--data", ""], ["directory"]),
+    (["--teachers", ""], ["weights file"]),
     (["--batch-size", "0"], ["'0'", "from 1"]),
     (["--n-embd", "50", "--n-head", "4"], ["50", "4"]),
     (["--learning-rate", "0"], ["'0'"]),
@@ -317,7 +397,7 @@ def test_the_default_rate_depends_on_the_length_of_the_run(arguments, rate, deca
     (["--context-len", "300"], ["300", "256"]),
     (["--weights", "w"], ["w", ".pt"]),
     (["--weights", "w.safetensors"], ["w.safetensors", ".pt"]),
-    (["--weights", "w.state.pt"], ["w.state.pt", "not in .state.pt"]),
+    (["--weights", "w.state.pt"], ["w.state.pt", "not X.state.pt"]),
 ])
 def test_bad_input_to_training_is_one_line(arguments, words, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -336,6 +416,23 @@ def test_bad_corpus_is_one_line(text, words, tmp_path, command):
     data.write_text(text, encoding="utf-8")
     process = command(training.main, "--data", data, "--weights", tmp_path / "w.pt")
     assert_one_clear_line(process, *words)
+
+
+def test_a_text_is_a_byte_a_character_until_a_batch_is_drawn(
+    small_corpus, tmp_path, command, monkeypatch
+):
+    types, draw_batch = [], training.draw_batch
+
+    def spy(text, *rest):
+        batch = draw_batch(text, *rest)
+        types.append((text.dtype, batch[0].dtype))
+        return batch
+
+    monkeypatch.setattr(training, "draw_batch", spy)
+    process = command(training.main, "--data", small_corpus, small_corpus, "--weights",
+                      tmp_path / "w.pt", "--steps", 1, *TINY_RUN)
+    assert process.returncode == 0, process.stderr
+    assert types == [(torch.uint8, torch.int64)]
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(
@@ -378,6 +475,23 @@ def test_resume_refuses_other_settings_than_the_run_has(flag, value, saved, stop
     """Also where the value is the parser's own default: --n-layer 6, --batch-size 64."""
     process = command(training.main, "--weights", stopped_run, "--resume", flag, value)
     assert_one_clear_line(process, flag, f"{value}", "w.state.pt has", f"{saved}")
+
+
+@not_windows
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_state_that_is_not_whole_resumes_nothing(share, stopped_run, tmp_path, command):
+    state = (stopped_run.parent / "w.state.pt").read_bytes()
+    (tmp_path / "w.state.pt").write_bytes(state[: int(share * len(state))])
+    before = snapshot(tmp_path)
+    process = command(training.main, "--resume", "--weights", tmp_path / "w.pt")
+    assert_one_clear_line(process, "w.state.pt")
+    assert snapshot(tmp_path) == before
+
+
+def test_weights_under_the_name_of_a_state_resume_nothing(whole_run, tmp_path, command):
+    (tmp_path / "w.state.pt").write_bytes(whole_run.read_bytes())
+    process = command(training.main, "--resume", "--weights", tmp_path / "w.pt")
+    assert_one_clear_line(process, "w.state.pt", "nothing to resume")
 
 
 # ---- teachers
@@ -478,6 +592,25 @@ def test_a_reader_of_the_log_that_goes_away_ends_no_run(small_corpus, tmp_path):
     assert load_weights(tmp_path / "w.pt")[1]["step"] == 12
 
 
+@pytest.mark.parametrize("number, terminal", [(errno.ENOSPC, False), (errno.EIO, True)],
+                         ids=["full disk", "closed terminal"])
+def test_a_log_that_cannot_be_written_ends_no_run(
+    number, terminal, small_corpus, tmp_path, command, monkeypatch
+):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(number, "gone")
+
+        def isatty(self):
+            return terminal
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
+                      "--steps", 12, *TINY_RUN)
+    assert process.returncode == 0 and "validation NELBO" in process.stdout
+    assert load_weights(tmp_path / "w.pt")[1]["step"] == 12
+
+
 @pytest.mark.parametrize("change, words", [
     (["--vocab-size", 256], ["vocab_size 128", "256"]),
     (["--data", "other.txt"], ["another text"]),
@@ -517,6 +650,42 @@ def test_a_file_that_no_run_has_written_stays(name, small_corpus, tmp_path, comm
     assert snapshot(tmp_path) == before
 
 
+def test_a_folder_is_refused_before_the_work(small_corpus, tmp_path, command):
+    (tmp_path / "w.pt").mkdir()
+    process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
+                      *TINY_RUN)
+    assert_one_clear_line(process, "w.pt")
+    assert os.listdir(tmp_path) == ["w.pt"] and (tmp_path / "w.pt").is_dir()
+
+
+@not_windows
+def test_a_run_writes_through_a_link(small_corpus, tmp_path, command):
+    (tmp_path / "link.pt").symlink_to("target.pt")
+    process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "link.pt",
+                      "--steps", 6, *TINY_RUN)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "link.pt").is_symlink() and load_weights(tmp_path / "target.pt")
+
+
+def test_of_several_runs_that_start_at_once_one_has_the_files(tmp_path):
+    args = argparse.Namespace(weights=tmp_path / "w.pt", resume=False)
+    together, refusals = threading.Barrier(8), []
+
+    def claim():
+        together.wait()
+        try:
+            training.claim_files(args, DiffusionConfig(), "", None, "cpu")
+        except training.BadInput as error:
+            refusals.append(str(error))
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refusals) == 7 and all("holds a run" in refusal for refusal in refusals)
+
+
 @not_windows
 def test_a_second_run_on_the_same_files_is_refused(stopped_run, small_corpus, command):
     before = snapshot(stopped_run.parent)
@@ -528,3 +697,101 @@ def test_a_second_run_on_the_same_files_is_refused(stopped_run, small_corpus, co
 def test_dotted_names_have_files_of_their_own():
     assert training.state_beside(Path("run0.01.pt")) != training.state_beside(Path("run0.03.pt"))
     assert training.state_beside(Path("a/w.pt")) == Path("a/w.state.pt")
+
+
+def test_a_disk_that_is_really_full_ends_no_run(small_corpus, tmp_path, command):
+    """torch.save turns the OSError of a file into a RuntimeError."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, before[1]))  # the state is larger
+    try:
+        process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
+                          "--steps", 12, *TINY_RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("not saved") == 2
+
+
+def test_weights_that_were_never_written_were_not_better(
+    small_corpus, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr(torch, "save", no_space)
+    process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
+                      "--steps", 6, *TINY_RUN)
+    assert "was better" not in process.stdout and process.returncode != 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_while_it_measures_the_mark_leaves_no_empty_state(
+    number, whole_run, small_corpus, tmp_path, command, monkeypatch
+):
+    (tmp_path / "w.pt").write_bytes(whole_run.read_bytes())
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt  # what SIGINT does; SIGTERM ends the process
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "nelbo", stop)
+        command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt", *TINY_RUN)
+    state = tmp_path / "w.state.pt"
+    assert not state.exists() or state.stat().st_size
+
+
+def test_the_end_of_a_run_is_saved_before_it_is_shown(small_corpus, tmp_path, command, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            no_space()
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt", "--steps", 6,
+            *TINY_RUN)
+    assert os.listdir(tmp_path) == ["w.pt"]
+
+
+def test_init_of_an_absurd_size_is_one_line(whole_run, small_corpus, tmp_path, command):
+    contents = torch.load(whole_run, weights_only=True)
+    contents["config"]["n_embd"] = 2**30
+    torch.save(contents, tmp_path / "huge.pt")
+    assert_one_clear_line(command(training.main, "--data", small_corpus, "--weights",
+                                  tmp_path / "w.pt", "--init", tmp_path / "huge.pt", "--steps", 6,
+                                  *SETTINGS), "huge.pt")
+
+
+def test_a_resumed_run_does_not_replace_the_weights_of_another_text(
+    stopped_run, tmp_path, command, whole_run
+):
+    state = torch.load(stopped_run.parent / "w.state.pt", weights_only=True)
+    state["args"]["steps"] = state["run"]["step"] + 30
+    state["args"]["eval_interval"] = 5
+    torch.save(state, tmp_path / "w.state.pt")
+    save_weights(random_model(), {"corpus_sha256": "another"}, tmp_path / "w.pt")
+    before = (tmp_path / "w.pt").read_bytes()
+    command(training.main, "--resume", "--weights", tmp_path / "w.pt", "--device", "cpu")
+    assert (tmp_path / "w.pt").read_bytes() == before
+
+
+def test_a_file_and_a_link_to_it_have_one_state(tmp_path):
+    (tmp_path / "link.pt").symlink_to("w.pt")
+    one, other = (training.state_beside(tmp_path / name) for name in ("link.pt", "w.pt"))
+    assert one == other
+
+
+@pytest.mark.parametrize("main", [sample.main, training.main])
+def test_a_closed_stderr_changes_nothing(main, tiny_weights, small_corpus, tmp_path, command,
+                                         monkeypatch):
+    """`2>&-`, cron, pythonw: sys.stderr is None."""
+    monkeypatch.setattr(sys, "stderr", None)
+    files = ["--weights", tiny_weights, "--num-blocks", 1] if main is sample.main else [
+        "--data", small_corpus, "--weights", tmp_path / "w.pt", "--steps", 6, *TINY_RUN]
+    process = command(main, *files)
+    assert process.returncode == 0 and "characters in" not in process.stdout
+    assert "training on" not in process.stdout
+
+
+def test_advice_can_be_pasted(small_corpus, tmp_path, command, monkeypatch):
+    weights = tmp_path / "my run.pt"
+    monkeypatch.setattr(training, "stop_signals", lambda: contextlib.nullcontext([15]))
+    stopped = command(training.main, "--data", small_corpus, "--weights", weights, "--steps", 2,
+                      *TINY_RUN)
+    assert f"--weights '{weights}'" in stopped.stderr
