@@ -319,13 +319,19 @@ def plot(rows_file: Path, picture: Path) -> None:
     for row in rows:
         calls, divergence, error = (float(row[key]) for key in ("calls", "JSD-3", "JSD-3 error"))
         if calls:
-            axes.errorbar(calls, divergence, error, fmt="o", ms=4, color="#444")
-            axes.annotate(row["row"], (calls, divergence), fontsize=6, xytext=(4, 2),
-                          textcoords="offset points")
+            # Neighbours of the default, and one of many trials, stay without a name
+            trial = row["row"].endswith("†") or "the default, " in row["row"]
+            colour, right = "#bbb" if trial else "#222", calls > 150
+            axes.errorbar(calls, divergence, error, fmt="o", ms=3, color=colour)
+            axes.annotate("" if trial else row["row"], (calls, divergence), fontsize=7,
+                          xytext=(-5 if right else 5, 3), textcoords="offset points",
+                          ha="right" if right else "left")
         else:
             axes.axhline(divergence, lw=0.8, color="#d98c00")
-            axes.annotate(row["row"], (300, divergence), fontsize=6, color="#d98c00")
+            axes.annotate(row["row"], (26, divergence), fontsize=7, color="#d98c00")
     axes.set(xscale="log", xlabel="network calls per 240 characters", ylabel="JSD-3, nats")
+    axes.set_xticks([30, 60, 120, 240], ["30", "60", "120", "240"], minor=False)
+    axes.minorticks_off()
     figure.savefig(picture)
 
 
