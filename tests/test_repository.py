@@ -16,14 +16,14 @@ def shipped():
     return load_weights(DEFAULT_WEIGHTS)
 
 
-def test_shipped_weights_are_the_default_model_and_say_how_they_came_about(shipped):
+def test_shipped_weights_are_the_default_model_and_record_their_training(shipped):
     model, meta = shipped
     assert model.config == DiffusionConfig()
     assert DEFAULT_WEIGHTS.stat().st_size <= 45e6
     assert meta["corpus_sha256"] == load_corpus(DEFAULT_DATA, model.config)[2]
     for name in ("step", "characters_seen", "val_nelbo_error", "seed", "hardware", "command"):
         assert meta[name] is not None
-    assert meta["val_nelbo"] <= 1.535 and meta["val_nelbo_error"] <= 0.01
+    assert meta["val_nelbo"] <= 1.49 and meta["val_nelbo_error"] <= 0.01
 
 
 def test_shipped_weights_score_what_their_meta_says(shipped):
