@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         help="the causal twin, or several, whose probabilities are averaged; left out if missing")
     add("--windows", type=number(int, 2), default=48, help="evenly spaced validation windows")
     add("--draws", type=COUNT, default=64, help="masks per window")
-    add("--bounds", action="store_true", help="the two bounds alone, which take a minute for all "
+    add("--bounds", action="store_true", help="the two bounds alone, which take minutes for all "
         "436 windows at --draws 16")
     add("--seed", type=SEED, default=0, help="random seed of the bounds")
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
