@@ -426,7 +426,8 @@ def finish(args, val, device: torch.device, run: dict) -> None:
     """The full bound of what the run wrote, into the file and onto the screen."""
     state = state_beside(args.weights)
     if run["best"] == math.inf and run["mark"] == math.inf:
-        raise BadInput(f"{args.weights} could not be written; what was saved is in {state}")
+        why = "could not be written" if run["step"] else "is missing: no time was left for a step"
+        raise BadInput(f"{args.weights} {why}; what was saved is in {state}")
     if run["best"] == math.inf:
         print(f"{args.weights} was better and stays; this run's model: "
               f"uv run sample.py --weights {shlex.quote(str(state))}")
