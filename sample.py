@@ -330,8 +330,8 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - started
     warn(f"{n_written} characters in {seconds:.1f} s, {n_written / seconds:.0f} a second")
     if sys.stderr.isatty():
-        warn('try --prompt "ROMEO:", --infill "To be, or ___", or --turns 40, which writes better '
-             "text in more calls")
+        warn('try --prompt "ROMEO:", --infill "To be, or ___", or --turns 40, which makes more '
+             "network calls and writes a little better")
 
 
 if __name__ == "__main__":
