@@ -1,9 +1,11 @@
 """Small models shared by the tests."""
 
 import os
+import signal
 
 # The tests run alike in an editor's dumb terminal, a notebook, a cluster's job and on busy cores
 os.environ |= {"TERM": "xterm", "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 for name in ("COLUMNS", "LINES", "NO_COLOR", "MPLBACKEND", "PYTHONIOENCODING", "RANK", "WORLD_SIZE",
              "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)
