@@ -344,8 +344,9 @@ def state_beside(weights: Path) -> Path:
 def claim_files(args: argparse.Namespace, config, sha256: str, val, device) -> float:
     """Creates the state of a new run, which refuses a second one. Returns the quick validation
     bound of the weights that are there, which the run has to beat, or infinity. Raises BadInput
-    for files that no run has written, and for weights of another text or vocabulary."""
-    weights, state, mark = args.weights, state_beside(args.weights), math.inf
+    for files that no run has written, and for weights of another text or vocabulary; a resumed
+    run, whose state is there and holds its mark, is only checked."""
+    weights, state, model = args.weights, state_beside(args.weights), None
     if weights.suffix != ".pt" or weights.name.endswith(".state.pt") or weights.is_dir():
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
     if weights.exists():
@@ -355,15 +356,15 @@ def claim_files(args: argparse.Namespace, config, sha256: str, val, device) -> f
         if model.config.vocab_size != config.vocab_size:
             raise BadInput(f"{weights} has vocab_size {model.config.vocab_size} and not "
                            f"{config.vocab_size}; choose another --weights")
-        mark = nelbo(model, val, **QUICK)[0]
     if args.resume:
-        return mark
+        return math.inf
+    mark = nelbo(model, val, **QUICK)[0] if model else math.inf
     try:
         weights.parent.mkdir(parents=True, exist_ok=True)
         state.touch(exist_ok=False)
     except FileExistsError as error:
         raise BadInput(f"{state} holds a run: --resume continues it, or delete it") from error
-    if mark < math.inf:
+    if model:
         warn(f"{weights} has a quick validation bound of {mark:.4f}; only a lower one replaces it")
     return mark
 
@@ -445,16 +446,16 @@ def start_run(args, config, texts: list[str], device: torch.device):
     optimizers, generator, and what it has to remember."""
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
-    model = load_weights(args.init)[0] if args.init and not args.resume else None
-    model = (model or DiffusionTransformer(config)).to(device)
+    fresh = args.resume or not args.init
+    model = (DiffusionTransformer(config) if fresh else load_weights(args.init)[0]).to(device)
     optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
     run = {"step": 0, "seconds": 0.0, "best": math.inf, "mark": math.inf, "log": []}
     if args.resume:
         try:
             run, about = run | args.state["run"], args.state["meta"]
             model.load_state_dict(args.state["model"])
-            for optimizer, saved in zip(optimizers, args.state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+            for optimizer, contents in zip(optimizers, args.state["optimizers"], strict=True):
+                optimizer.load_state_dict(contents)
             generator.set_state(args.state["generator"])
             same = (about["texts"], about["device"]) == (texts, device.type)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
