@@ -76,7 +76,9 @@ class DiffusionConfig:
 
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),))
+    """x by the root mean square of its last axis. F.rms_norm casts bfloat16 to float32 and back."""
+    rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.size(-1) ** -0.5
+    return x / rms.clamp(min=1e-6)
 
 
 def rotary_tables(length: int, head_dim: int):
@@ -112,10 +114,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin):
         B, T, C = x.shape
-        heads = (B, T, self.n_head, C // self.n_head)
-        q = self.c_q(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
-        k = self.c_k(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
-        v = self.c_v(x).view(heads).transpose(1, 2)                 # (B, H, T, D)
+        heads = (B, T, self.n_head, C // self.n_head)               # each of q, k, v: (B, H, T, D)
+        q, k, v = (c(x).view(heads).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         y = self.attend(q, k, v)                                    # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))      # (B, T, C)
@@ -321,13 +321,13 @@ def load_corpus(path: Path | str, config: DiffusionConfig):
 
 
 @contextmanager
-def replacing(path: Path, mode: str = "wb", **kwargs) -> Iterator[IO]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file beside `path`, open for writing, that is flushed to disk and renamed over it
     in the end: a crash at any moment leaves the old file or the new one. Follows links."""
     path = Path(path).resolve()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, **kwargs) as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -410,9 +410,8 @@ def number(kind: type, least: float, most: float = math.inf):
             value = kind(text)
             if least <= value <= most and value < math.inf:
                 return value
-        wanted = f"{'a whole' if kind is int else 'a'} number from {least}"
-        upper = f" to {most}" if most < math.inf else ""
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {wanted}{upper}")
+        wanted = f"{'a whole' if kind is int else 'a'} number from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {wanted.removesuffix(' to inf')}")
 
     return parse
 
@@ -432,9 +431,8 @@ def pick_device(name: str) -> torch.device:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             why = str(error).splitlines()[0]
             if name != "auto":
-                raise BadInput(
-                    f"--device {name} can't be used ({why}); try auto, cpu, cuda or mps"
-                ) from error
+                raise BadInput(f"--device {name} can't be used ({why}); there are auto, cpu, cuda "
+                               "and mps") from error
             if candidate == "cuda" and torch.cuda.is_available():
                 warn(f"cuda does not work ({why}); trying the next device")
 
@@ -444,9 +442,8 @@ def multiplies_bf16(device: torch.device) -> bool:
     100 times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and units
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -472,8 +469,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout again when it exits
+    except BrokenPipeError:  # Python flushes stdout again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError) as error:
         warn(f"error: {error}")

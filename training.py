@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
 from operator import attrgetter
@@ -46,7 +46,6 @@ from model import (
 )
 from sample import denoise, dilated
 
-LONG_RUN = 10_000   # runs of so many steps have a low learning rate that falls from the start
 ADAMW_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
@@ -59,12 +58,7 @@ OPENING = 0.5       # share of the run in which the range of t widens from 40% t
 TEACHER_SHARE = 0.5  # of the loss, where there is a teacher; the rest is the text's
 HELD_OUT = 40_000   # characters at the end of the train split (a tenth of a short one)
 QUICK = {"passes": 4, "windows": 64, "seed": 0}  # the same crops and masks at every evaluation
-SIZES = {
-    "sequence_len": "characters per sequence", "n_layer": "transformer blocks",
-    "vocab_size": "byte values: 128 is ASCII, 256 any UTF-8 text", "n_head": "attention heads",
-    "n_embd": "channels", "diffusion_steps": "noise levels",
-    "context_len": "longest clean prefix of a sequence",
-}
+SIZES = [field.name for field in fields(DiffusionConfig) if field.name != "mask_token_id"]
 NOT_SETTINGS = {"weights", "device", "resume", "eval_only", "state"}  # may differ on --resume
 
 
@@ -72,25 +66,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. --resume takes the settings of the saved run, --init the sizes of its file;
     BadInput where a flag contradicts them."""
     parser = CommandLine(__doc__)
-    files = parser.add_argument_group("files")
-    add = files.add_argument
+    add = parser.add_argument_group("files").add_argument
     add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write, X.pt")
     add("--data", nargs="+", default=[str(DEFAULT_DATA)], metavar="TEXT",
         help="training text, whose last 10%% validates; all of any further texts is learned")
     add("--teachers", nargs="+", default=[], metavar="WEIGHTS",
         help="learn these models' probabilities too; one of them, in turn, at each step")
-    add = files.add_mutually_exclusive_group().add_argument
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--init", metavar="WEIGHTS", help="start from these weights")
     add("--resume", action="store_true", help="continue X.state.pt with the settings of that run")
     add("--eval-only", action="store_true", help="print the validation bound of X.pt")
     add = parser.add_argument_group("network and diffusion").add_argument
-    for size, what in SIZES.items():
-        name = "--" + size.replace("_", "-")
-        add(name, type=int, default=getattr(DiffusionConfig, size), help=what)
+    for size in SIZES:
+        add("--" + size.replace("_", "-"), type=int, default=getattr(DiffusionConfig, size),
+            help="256 for any UTF-8 text" if size == "vocab_size" else "see DiffusionConfig")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=COUNT, default=20_000, help="optimizer steps")
-    add("--max-minutes", type=number(float, 1e-3), help="train for this long instead of "
-        "--steps, with compilation and evaluation")
+    add("--max-minutes", type=number(float, 1e-3), help="train by the clock instead of --steps")
     add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
     add("--learning-rate", type=number(float, 1e-12), help="peak for the block matrices (default: "
         "0.005, or 0.02 by the clock and in less than 10,000 steps)")
@@ -103,79 +95,73 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     add("--no-compile", action="store_true", help="without torch.compile, which takes a minute")
     args = parser.parse_args(argv)
-    saved, source, state = {}, args.init, None
+    source, state, saved = args.init, None, {}
     if args.resume:
         source = state_beside(args.weights)
         state = read_checkpoint(source)
-        if not {"optimizers", "run"} <= state.keys() or not isinstance(state.get("args"), dict):
+        if not isinstance(saved := state.get("args"), dict):
             raise BadInput(f"{source}: weights alone, so there is nothing to resume")
-        saved = state["args"]
     elif source is not None:
-        saved = {n: x for n, x in read_checkpoint(source)["config"].items() if n in SIZES}
+        saved = {name: x for name, x in read_checkpoint(source)["config"].items() if name in SIZES}
     args = parser.parse_args(argv, argparse.Namespace(**saved))  # sets only what was given
     for name in saved.keys() - {"no_compile", "eval_interval"}:
         if getattr(args, name) != saved[name]:
-            flag = name.replace("_", "-")
-            raise BadInput(f"--{flag} {getattr(args, name)}: {source} has {saved[name]}")
-    args.state = state
-    long = args.steps >= LONG_RUN and not args.max_minutes
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise BadInput(f"{flag}: {source} has {saved[name]}")
+    long = args.steps >= 10_000 and not args.max_minutes
     args.learning_rate = args.learning_rate or (0.005 if long else 0.02)
     args.decay = (1.0 if long else 0.5) if args.decay is None else args.decay
+    args.state = state
     return args
 
 
 # Optimizers ---------------------------------------------------------------------------------------
 
 
-def orthogonalize(matrices, dtype: torch.dtype, steps: int = 5):
+def orthogonalize(matrices, steps: int = 5):
     """Roughly the nearest semi-orthogonal matrices: Newton-Schulz iteration moves the singular
     values of (N, rows, columns) to about 1. Coefficients: kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(1) > matrices.size(2)
-    X = (matrices.mT if tall else matrices).to(dtype)
+    X = matrices.mT if tall else matrices
+    X = X.to(torch.bfloat16 if multiplies_bf16(X.device) else torch.float32)
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
-    return X.mT if tall else X
+    return (X.mT if tall else X).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: the update of torch.optim.Muon. But all matrices of a shape go
-    through one batched iteration, and in float32 where the hardware does not multiply bfloat16.
-    torch's version always uses bfloat16, whose emulation takes a minute a step."""
-
-    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
+    """Momentum, orthogonalized: the update of torch.optim.Muon. But the matrices of a group, which
+    have one shape, go through one batched iteration, and in float32 where the hardware does not
+    multiply bfloat16: torch's version always uses bfloat16, whose emulation takes a minute a step.
+    """
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in by_shape.items():
-                grads = [p.grad for p in params]
-                momenta = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch.stack(grads).lerp_(torch.stack(momenta), group["momentum"])
-                dtype = torch.bfloat16 if multiplies_bf16(nesterov.device) else torch.float32
-                updates = orthogonalize(nesterov, dtype).to(nesterov.dtype)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                scale = max(1, rows / columns) ** 0.5
-                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
+            params, lr, beta = group["params"], group["lr"], group["momentum"]
+            grads = torch.stack([p.grad for p in params])           # (N, rows, columns)
+            state = self.state[params[0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(grads))
+            momentum.lerp_(grads, 1 - beta)
+            updates = orthogonalize(grads.lerp(momentum, beta))     # Nesterov's
+            scale = max(1, grads.size(1) / grads.size(2)) ** 0.5
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, list(updates.unbind()), alpha=-lr * scale)
 
 
 def make_optimizers(model, learning_rate: float, weight_decay: float = 0.0):
     """nanochat's split: Muon for the matrices of the blocks, AdamW for embeddings and output head.
     Every group remembers its peak learning rate."""
-    matrices = list(model.blocks.parameters())
+    by_shape = {}
+    for p in model.blocks.parameters():
+        by_shape.setdefault(p.shape, []).append(p)
+    muon = {"lr": learning_rate, "weight_decay": weight_decay, "momentum": 0.95}
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     optimizers = [
-        Muon(matrices, learning_rate, weight_decay),
+        Muon([{"params": params} for params in by_shape.values()], muon),
         torch.optim.AdamW(others, ADAMW_SHARE * learning_rate, (0.9, 0.95), weight_decay=0.0,
                           fused=others[0].is_cuda),
     ]
@@ -255,18 +241,16 @@ def batch_loss(network, batch, teacher=None):
 
 
 def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device. There are several processes only where the environment
-    holds all that torchrun sets; a platform may set some of it for purposes of its own."""
+    """Rank, number of processes, device. Under torchrun there are several processes, and else one,
+    as a platform may set RANK for purposes of its own."""
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
-    *numbers, address = (os.environ.get(name, "") for name in names)
-    rank, world, local, port = (int(word) if word.isdecimal() else -1 for word in numbers)
-    if not (address and 0 <= rank < world and 0 <= local and 0 < port < 65536):
+    if not dist.is_torchelastic_launched():
         return 0, 1, pick_device(args.device)
-    device = args.device
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if args.batch_size % world:
         raise BadInput(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
+    device = args.device
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(local)  # first, or every process opens a context on GPU 0
     elif device == "auto":
@@ -325,8 +309,7 @@ def compiled(model, batch_size: int):
         with autocast(device):
             network(x_t, x_t[:, 0].contiguous())[..., 1].sum().backward()
     except Exception as error:  # no compiler, a broken one, no support: torch raises many kinds
-        why = str(error).strip().splitlines()[0]
-        warn(f"torch.compile failed, continuing without it ({type(error).__name__}: {why})")
+        warn(f"torch.compile failed, continuing without it: {error!r:.200}".splitlines()[0])
         network = model
     model.zero_grad()
     return network
@@ -341,32 +324,26 @@ def state_beside(weights: Path) -> Path:
     return Path(path.removesuffix(".pt") + ".state.pt")
 
 
-def claim_files(args: argparse.Namespace, config, sha256: str, val, device) -> float:
-    """Creates the state of a new run, which refuses a second one. Returns the quick validation
-    bound of the weights that are there, which the run has to beat, or infinity. Raises BadInput
-    for files that no run has written, and for weights of another text or vocabulary; a resumed
-    run, whose state is there and holds its mark, is only checked."""
-    weights, state, model = args.weights, state_beside(args.weights), None
-    if weights.suffix != ".pt" or weights.name.endswith(".state.pt") or weights.is_dir():
+def claim_files(args: argparse.Namespace, config, sha256: str, val, device, run: dict) -> None:
+    """Sets the mark of a new run, which is the quick validation bound of the weights that are there
+    or infinity, and creates its state, which refuses a second run. Raises BadInput for files that
+    no run has written, and for weights of another text or vocabulary."""
+    weights, state = args.weights, state_beside(args.weights)
+    if weights.suffix != ".pt" or weights.name.endswith(".state.pt"):
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
     if weights.exists():
         model, meta = load_weights(weights, device)
-        if meta.get("corpus_sha256", sha256) != sha256:
-            raise BadInput(f"{weights} learned another text; choose another --weights")
-        if model.config.vocab_size != config.vocab_size:
-            raise BadInput(f"{weights} has vocab_size {model.config.vocab_size} and not "
+        about = meta.get("corpus_sha256", sha256), model.config.vocab_size
+        if about != (sha256, config.vocab_size):
+            raise BadInput(f"{weights} learned another text, or its vocab_size {about[1]} is not "
                            f"{config.vocab_size}; choose another --weights")
-    if args.resume:
-        return math.inf
-    mark = nelbo(model, val, **QUICK)[0] if model else math.inf
+        if not args.resume:
+            run["mark"] = nelbo(model, val, **QUICK)[0]
     try:
         weights.parent.mkdir(parents=True, exist_ok=True)
-        state.touch(exist_ok=False)
+        state.touch(exist_ok=args.resume)
     except FileExistsError as error:
         raise BadInput(f"{state} holds a run: --resume continues it, or delete it") from error
-    if model:
-        warn(f"{weights} has a quick validation bound of {mark:.4f}; only a lower one replaces it")
-    return mark
 
 
 def saved(save, *arguments) -> bool:
@@ -382,11 +359,11 @@ def saved(save, *arguments) -> bool:
 
 def save_state(args, about: dict, model, optimizers, generator, run: dict) -> None:
     """The state from which --resume continues."""
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     contents = {
         "model": model.state_dict(), "config": asdict(model.config), "meta": about,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "generator": generator.get_state(), "args": settings, "run": run,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers], "run": run,
+        "args": {name: x for name, x in vars(args).items() if name not in NOT_SETTINGS},
+        "generator": generator.get_state(),
     }
     with replacing(state_beside(args.weights)) as file:
         torch.save(contents, file)
@@ -426,13 +403,11 @@ def show_bound(path: Path, mean: float, error: float) -> None:
 def finish(args, val, device: torch.device, run: dict) -> None:
     """The full bound of what the run wrote, into the file and onto the screen."""
     state = state_beside(args.weights)
-    if run["best"] == math.inf and run["mark"] == math.inf:
-        why = "could not be written" if run["step"] else "is missing: no time was left for a step"
-        raise BadInput(f"{args.weights} {why}; what was saved is in {state}")
     if run["best"] == math.inf:
-        print(f"{args.weights} was better and stays; this run's model: "
-              f"uv run sample.py --weights {shlex.quote(str(state))}")
-        return
+        advice = f"this run's model: uv run sample.py --weights {shlex.quote(str(state))}"
+        if run["mark"] == math.inf:
+            raise BadInput(f"{args.weights} was not written, for want of time or space; {advice}")
+        return print(f"{args.weights} was better and stays; {advice}")
     model, meta = load_weights(args.weights, device)
     mean, error = nelbo(model, val)
     meta |= {"val_nelbo": mean, "val_nelbo_error": error, "log": run["log"]}
@@ -452,17 +427,16 @@ def start_run(args, config, texts: list[str], device: torch.device):
     run = {"step": 0, "seconds": 0.0, "best": math.inf, "mark": math.inf, "log": []}
     if args.resume:
         try:
-            run, about = run | args.state["run"], args.state["meta"]
+            run |= args.state["run"]
             model.load_state_dict(args.state["model"])
             for optimizer, contents in zip(optimizers, args.state["optimizers"], strict=True):
                 optimizer.load_state_dict(contents)
             generator.set_state(args.state["generator"])
-            same = (about["texts"], about["device"]) == (texts, device.type)
+            if (args.state["meta"]["texts"], args.state["meta"]["device"]) != (texts, device.type):
+                raise ValueError(f"it learned other texts than {args.data}, or not on {device}")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise BadInput(f"{state_beside(args.weights)}: not the state of this run") from error
-        if not same:
-            raise BadInput(f"the run to resume learned other texts than {args.data}, or on "
-                           f"{about['device']} and not on {device.type}")
+            why = str(error).splitlines()[0]
+            raise BadInput(f"{state_beside(args.weights)}: not this run's state ({why})") from error
     return model, optimizers, generator, run
 
 
@@ -494,10 +468,8 @@ def train(args: argparse.Namespace, command: str) -> int:
     }
     save = partial(save_state, args, about, model, optimizers, generator, run)
     if leader:
-        mark = claim_files(args, config, sha256, val, device)
-        if not args.resume:
-            run["mark"] = mark
-            saved(save)
+        claim_files(args, config, sha256, val, device, run)
+        saved(save)
 
     # Compile and DDP
     rows = args.batch_size // world
@@ -510,7 +482,8 @@ def train(args: argparse.Namespace, command: str) -> int:
         network = DistributedDataParallel(network)
         network.broadcast_buffers = False  # the rotary tables never change
     if leader:
-        warn(f"training on {about['hardware']}")
+        beat = f"; mark to beat: {run['mark']:.4f}" if run["mark"] < math.inf else ""
+        warn(f"training on {about['hardware']}{beat}")
 
     # The loop
     spread = LATE_SPREAD if args.init else SPREAD

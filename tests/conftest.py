@@ -7,7 +7,7 @@ import signal
 os.environ |= {"TERM": "xterm", "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 for name in ("COLUMNS", "LINES", "NO_COLOR", "MPLBACKEND", "PYTHONIOENCODING", "RANK", "WORLD_SIZE",
-             "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+             "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
     os.environ.pop(name, None)
 
 import contextlib

@@ -116,14 +116,14 @@ def test_auto_falls_back_where_the_build_has_no_kernels(monkeypatch, capsys):
 
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
-            "MASTER_PORT": "29500"}
+            "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
 
 
-@pytest.mark.parametrize("missing", TORCHRUN)
-def test_part_of_what_torchrun_sets_makes_no_processes(missing, monkeypatch):
+def test_what_torchrun_sets_makes_no_processes_without_torchrun(monkeypatch):
+    """A cluster may set all of it, for purposes of its own."""
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv(missing)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     args = SimpleNamespace(batch_size=3, device="cpu")
     assert training.start_processes(args) == (0, 1, torch.device("cpu"))
 

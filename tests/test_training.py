@@ -342,7 +342,7 @@ def test_every_time_index_is_trained():
 
 def test_muon_matches_torch_optim_muon():
     models = [random_model(), random_model()]
-    ours = training.Muon(models[0].blocks.parameters(), lr=0.02, weight_decay=0.1)
+    ours, _ = training.make_optimizers(models[0], 0.02, weight_decay=0.1)
     theirs = torch.optim.Muon(models[1].blocks.parameters(), lr=0.02, weight_decay=0.1)
     start = {name: p.clone() for name, p in models[0].blocks.named_parameters()}
     for step in range(3):
@@ -439,7 +439,7 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(
     small_corpus, tmp_path, command, monkeypatch
 ):
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost",
-                        "MASTER_PORT": 29500}.items():
+                        "MASTER_PORT": 29500, "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, str(value))
     process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
                       *TINY_RUN, "--batch-size", 7)
@@ -674,7 +674,7 @@ def test_of_several_runs_that_start_at_once_one_has_the_files(tmp_path):
     def claim():
         together.wait()
         try:
-            training.claim_files(args, DiffusionConfig(), "", None, "cpu")
+            training.claim_files(args, DiffusionConfig(), "", None, "cpu", {})
         except training.BadInput as error:
             refusals.append(str(error))
 
