@@ -283,10 +283,8 @@ def encode_text(text: str, config: DiffusionConfig) -> torch.Tensor:
     refused = (ids == config.mask_token_id) | (ids > config.vocab_size - 1)
     if refused.any():
         position = len(raw[: int(refused.int().argmax())].decode("utf-8", "surrogateescape"))
-        raise BadInput(
-            f"character {text[position]!r} at position {position} is [MASK] or not among the "
-            f"model's {config.vocab_size} byte values (one trained with --vocab-size 256 has all)"
-        )
+        raise BadInput(f"character {text[position]!r} at position {position} is [MASK] or no byte "
+                       f"below {config.vocab_size} (a model of --vocab-size 256 reads all)")
     return ids
 
 

@@ -59,7 +59,7 @@ def lowest(level, masked):
     return masked & (level == level.amin(1, keepdim=True))
 
 
-def dilated(proposal: Proposal, turns: int = 13):
+def dilated(proposal: Proposal, turns: int = 11):
     """Every turns-th character, so that those unmasked together stand far apart and their
     independence costs little; the next turn takes those halfway between (arXiv 2506.19037). No
     order prefers easy characters. Where the turns begin is random in each text."""
@@ -155,8 +155,8 @@ class SamplerConfig:
     temperature: float = 0.95       # of the draft
     sweeps: int = 2                 # how often the correction redraws every new character
     sweep_temperature: float = 0.3
-    stride: int = 6                 # each correction call remasks every stride-th character
-    block_len: int = 192            # new characters at a time
+    stride: int = 5                 # each correction call remasks every stride-th character
+    block_len: int = 160            # new characters at a time
     lookback: int = 32              # characters that a block sees before it
 
 
@@ -224,7 +224,7 @@ def add_sampler_arguments(parser: CommandLine) -> None:
         help="which characters a network call unmasks: those far apart, the k most confident, the "
         "k leftmost, those above a confidence, or those of the reverse process")
     add("--turns", type=number(int, 1, 10_000),
-        help="dilated: calls in which a draft is complete (default: 13)")
+        help="dilated: calls in which a draft is complete (default: 11)")
     add("--k", type=COUNT, help="top-k and left-to-right: characters per call (default: 20 and 1)")
     add("--tau", type=number(float, 0, 1), help="threshold: least confidence (default: 0.9)")
     add("--steps", type=COUNT, help="ancestral: levels of the reverse process (default: 128)")
@@ -236,7 +236,7 @@ def add_sampler_arguments(parser: CommandLine) -> None:
         help="temperature of the correction sweeps")
     add("--stride", type=COUNT, default=default.stride,
         help="each correction call remasks every stride-th character")
-    add("--block-len", type=COUNT, help="characters per block (default: 192, or three quarters "
+    add("--block-len", type=COUNT, help="characters per block (default: 160, or three quarters "
         "of the model's sequence length if that is less)")
     add("--lookback", type=number(int, 0),
         help="characters before a block that it is conditioned on (default: 32, or what fits)")

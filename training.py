@@ -7,8 +7,8 @@
     uv run training.py --init weights/diffusion_model.pt --data my.txt --weights weights/my.pt
     uv run training.py --eval-only                               # measure the weights
 
-The first 90% of the text are the train split; its last 40,000 characters are not learned and choose
-which weights are kept. The last 10% validate, and choose nothing. Until the run has ended,
+The first 90% of the text are the train split; its first 40,000 characters are not learned and
+choose which weights are kept. The last 10% validate, and choose nothing. Until the run has ended,
 X.state.pt stands beside the weights X.pt; --resume and sample.py can read it. Both hold the log.
 """
 
@@ -30,7 +30,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -56,7 +55,8 @@ FLAT_SHARE = 1 / 16  # share of the sequences with uniform t; otherwise t = 1 is
 OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it:
                     # at first many visible neighbours teach the most. Not after --init
 TEACHER_SHARE = 0.5  # of the loss, where there is a teacher; the rest is the text's
-HELD_OUT = 40_000   # characters at the end of the train split (a tenth of a short one)
+HELD_OUT = 40_000   # characters at the start of the train split (a tenth of a short one): those at
+                    # its end belong to the play that most of the validation split comes from
 QUICK = {"passes": 4, "windows": 64, "seed": 0}  # the same crops and masks at every evaluation
 SIZES = [field.name for field in fields(DiffusionConfig) if field.name != "mask_token_id"]
 NOT_SETTINGS = {"weights", "device", "resume", "eval_only", "state"}  # may differ on --resume
@@ -244,7 +244,11 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     """Rank, number of processes, device. Under torchrun there are several processes, and else one,
     as a platform may set RANK for purposes of its own."""
     torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
+    if platform.libc_ver()[0] == "glibc":
+        # Keep the memory of activations: the kernel would clear every page that the next step asks
+        # for, up to a quarter of a step on a CPU
+        for option, value in (-4, 0), (-1, -1):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     if not dist.is_torchelastic_launched():
         return 0, 1, pick_device(args.device)
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -261,14 +265,6 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     return rank, world, device
-
-
-def keep_freed_memory() -> None:
-    """Stops glibc from returning the memory of activations to the kernel, which clears every page
-    when the next step asks for it: up to a quarter of a step on a CPU."""
-    if platform.libc_ver()[0] == "glibc":
-        for option, value in (-4, 0), (-1, -1):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 def agree(progress: float, signum: int, device: torch.device) -> tuple[float, int]:
@@ -449,7 +445,7 @@ def train(args: argparse.Namespace, command: str) -> int:
     # Texts: what is learned, what chooses the weights that are kept, what validates
     config = DiffusionConfig(**{size: getattr(args, size) for size in SIZES})
     train_split, val, sha256 = load_corpus(args.data[0], config)
-    train_split, held = train_split.tensor_split([-min(HELD_OUT, len(train_split) // 10)])
+    held, train_split = train_split.tensor_split([min(HELD_OUT, len(train_split) // 10)])
     further = [load_corpus(path, config) for path in args.data[1:]]
     texts = [sha256, *(sha256 for _, _, sha256 in further)]
     text = torch.cat((train_split, *(part for parts in further for part in parts[:2]))).to(device)
@@ -457,8 +453,9 @@ def train(args: argparse.Namespace, command: str) -> int:
     # Model, optimizers, files
     model, optimizers, generator, run = start_run(args, config, texts, device)
     teachers = [load_weights(path, device)[0] for path in args.teachers]
-    alike = attrgetter("sequence_len", "vocab_size", "mask_token_id", "diffusion_steps")
-    if any(alike(teacher.config) != alike(config) for teacher in teachers):
+    sizes = [(c.sequence_len, c.vocab_size, c.diffusion_steps) for c in
+             (config, *(teacher.config for teacher in teachers))]
+    if len(set(sizes)) > 1:
         raise BadInput(f"--teachers {args.teachers}: not all of them have the model's vocabulary, "
                        "noise levels and sequence length")
     about = {

@@ -41,38 +41,39 @@ CONFIG = DiffusionConfig(n_layer=4, n_head=4, n_embd=192)
 
 @dataclass
 class Recipe:
-    """The baseline."""
+    """The settings of a row; the defaults are the baseline."""
 
     weighting: str = "sqrt"  # by the masked count m: sqrt(m), "count" m, "equal" 1, "bound" m S / t
-    noise: str = "bell"      # how t is drawn: "bell" or "uniform"
+    noise: str = "bell"      # how the noise level t is drawn: "bell" or "uniform"
     spread: float = 1.2      # width of the bell, in logits
-    last_spread: float | None = None   # at the end of the run, if it widens
+    last_spread: float | None = None   # width at the end of the run, if the bell widens
     uniform_share: float = 0.0         # share of the sequences with t uniform instead
     optimizer: str = "muon"            # of the block matrices: "muon" or "adamw"
     muon_learning_rate: float = 0.02   # of the block matrices, even where AdamW trains them
-    learning_rate: float = 3e-3        # of the rest
+    learning_rate: float = 3e-3        # of all other weights
     batch_size: int = 16
     weight_decay: float = 0.0
     last_weight_decay: float | None = None   # towards which it moves as the learning rate decays
-    dropout: float = 0.0                     # behind attention and MLP
+    dropout: float = 0.0                     # behind attention and behind the MLP
     mlp_dropout: float = 0.0                 # behind the MLP alone
     ema: float = 0.0         # decay of a weight average, which is kept instead of the weights
-    warmup: float = 0.01
+    warmup: float = 0.01     # share of the run in which the learning rate rises
     decay: float = 0.5           # share of the run in which the learning rate decays
     prefix_share: float = 0.25   # share of the sequences with a clean prefix
     complementary: bool = False  # every crop twice, the second time with the other half masked
-    curriculum: float = 0.0      # share of the run over which t / S opens from 0.4 to 1
-    # Share of sequences clean up to a point and masked after a window, from this progress on
+    curriculum: float = 0.0      # share of the run in which the limit of t / S rises to 1
+    # Share of the sequences that are clean up to a point, masked at random in the next 32
+    # characters, and wholly masked after those; and the progress from which on they come
     sampler_shape: tuple = (0.0, 0.0)
     causal_start: float = 0.0    # share of the run that trains causal next-character prediction
-    permuted: bool = False       # every epoch the whole text in a new order, instead of crops
-    teachers: tuple = ()         # seeds of models whose probabilities it learns too
+    permuted: bool = False       # an epoch reads every window once, in random order
+    teachers: tuple = ()         # seeds of models whose probabilities are learned too
     teacher_row: str = "the recipe"  # the row that those models come from
 
 
 RECIPE = Recipe(spread=1.0, uniform_share=1 / 16, curriculum=0.5)
 DECAYING = replace(RECIPE, decay=1.0)
-LOW_RATE = replace(DECAYING, muon_learning_rate=0.005, learning_rate=7.5e-4)
+LOW_LEARNING_RATE = replace(DECAYING, muon_learning_rate=0.005, learning_rate=7.5e-4)
 ROWS = {
     "baseline": Recipe(),
     "the recipe": RECIPE,
@@ -107,9 +108,9 @@ ROWS = {
     "long: learning rate 0.01, decay from the start": replace(
         DECAYING, muon_learning_rate=0.01, learning_rate=1.5e-3
     ),
-    "long: learning rate 0.005, decay from the start": LOW_RATE,
+    "long: learning rate 0.005, decay from the start": LOW_LEARNING_RATE,
     "long: learning rate 0.005, decay from the start, weight decay 0.3": replace(
-        LOW_RATE, weight_decay=0.3
+        LOW_LEARNING_RATE, weight_decay=0.3
     ),
     "long: batch of 32 sequences": replace(RECIPE, batch_size=32),
     "long: MLP dropout 0.05": replace(RECIPE, mlp_dropout=0.05),
@@ -123,13 +124,13 @@ ROWS = {
     "long: student of two seeds": replace(RECIPE, teachers=(0, 1)),
     "long: student of one seed": replace(RECIPE, teachers=(1,)),
     "long: student of that student, learning rate 0.005, decay from the start": replace(
-        LOW_RATE, teachers=(0,), teacher_row="long: student of one seed"
+        LOW_LEARNING_RATE, teachers=(0,), teacher_row="long: student of one seed"
     ),
 }
 
 
 def draw_starts(recipe, length, steps):
-    """Where the sequences of every step begin in a text of that length: yields (B,) each time."""
+    """Yields, for every step, the positions (B,) in a text of `length` at which sequences begin."""
     B, T = recipe.batch_size, CONFIG.sequence_len
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -161,7 +162,7 @@ def draw_levels(recipe, B, progress):
 
 
 def draw_batch(recipe, x_0, progress):
-    """What training.draw_batch gives: x_0, x_t and masked (B, T), indices and weights (B,)."""
+    """As training.draw_batch: x_0, x_t and masked (B, T), time indices and loss weights (B,)."""
     (B, T), S = x_0.shape, CONFIG.diffusion_steps
     t = draw_levels(recipe, B, progress)
     prefix_len = torch.randint(1, CONFIG.context_len + 1, (B,))
@@ -187,7 +188,7 @@ def sequence_weights(recipe, masked, t):
 
 
 def causal_loss(model, x_0):
-    """Of predicting each character from those before it."""
+    """Cross-entropy of each character given the characters before it."""
     for block in model.blocks:
         block.attn.attend = causal
     with autocast(x_0.device):
@@ -197,18 +198,18 @@ def causal_loss(model, x_0):
     return F.nll_loss(log_p.transpose(1, 2), x_0[:, 1:])
 
 
-def drop_out(rate, module, inputs, out):
-    return F.dropout(out, rate, module.training)
+def drop_out(p, module, inputs, out):
+    return F.dropout(out, p, module.training)
 
 
 def train(recipe, tokens, characters, seed, teachers):
     torch.manual_seed(seed)
     model = DiffusionTransformer(CONFIG)
     for block in model.blocks:
-        attention_rate, mlp_rate = recipe.dropout, max(recipe.dropout, recipe.mlp_dropout)
-        for part, rate in ((block.attn.c_proj, attention_rate), (block.mlp.c_proj, mlp_rate)):
-            if rate:
-                part.register_forward_hook(partial(drop_out, rate))
+        mlp_dropout = max(recipe.dropout, recipe.mlp_dropout)
+        for part, p in ((block.attn.c_proj, recipe.dropout), (block.mlp.c_proj, mlp_dropout)):
+            if p:
+                part.register_forward_hook(partial(drop_out, p))
     optimizers = make_optimizers(model, recipe.muon_learning_rate, recipe.weight_decay)
     optimizers[1].param_groups[0]["peak"] = recipe.learning_rate
     if recipe.optimizer == "adamw":
@@ -244,8 +245,8 @@ def train(recipe, tokens, characters, seed, teachers):
 
 
 def trained(name: str, seed: int, tokens: torch.Tensor, args: argparse.Namespace):
-    """The model of a row, and the seconds that its training took. Where --keep has it from an
-    earlier run with the same settings, it is not trained again."""
+    """The model of a row, and the seconds of its training. The model is not trained again if --keep
+    has it from an earlier run with the same settings."""
     recipe = ROWS[name]
     about = {"recipe": asdict(recipe), "characters": args.characters, "share": args.share}
     path = args.keep and args.keep / (re.sub(r"\W+", "-", f"{name} {seed}") + ".pt")
@@ -272,10 +273,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--characters", type=number(int, 8192), default=1_638_400,
         help="characters that every run sees")
     add("--share", type=number(float, 1e-3, 1), default=1.0,
-        help="share of the train split that the runs see: less means more epochs")
+        help="share of the train split that the runs see; a smaller one means more epochs")
     add("--seeds", type=SEED, nargs="+", default=[0], help="random seeds")
-    add("--keep", type=Path, metavar="FOLDER", help="keep the models there, and train no row again "
-        "whose model is there")
+    add("--keep", type=Path, metavar="FOLDER", help="save the models there, and train no row again "
+        "whose model is there with the same settings")
     args = parser.parse_args(argv)
     tokens, val, _ = load_corpus(DEFAULT_DATA, CONFIG)
     tokens = tokens[: int(args.share * len(tokens))]

@@ -1,4 +1,4 @@
-"""What the model's likelihood is, beside that of its causal twin, on the same validation windows.
+"""How likely is the validation split to the model, and to its GPT twin, on the same windows?
 
     uv run tests/causal_twin.py --max-minutes 17        # first, for the last row
     uv run tests/benchmark_likelihood.py --windows 48
@@ -6,13 +6,13 @@
 Every window of 256 characters is scored without context, in nats per character, by
 
     NELBO, 128 steps        the bound that the project reports
-    NELBO, continuous time  its limit for ever more steps, which MDLM and MD4 report
+    NELBO, continuous time  the limit of infinitely many noise levels, as MDLM and MD4 report it
     left to right           exact: each character from those before it, with the rest masked
     most confident first    exact: always the position whose likeliest character is most probable.
-                            The order depends only on what is already unmasked, so this is a
-                            likelihood too
-    causal twin             exact: the same trunk with causal attention (causal_twin.py), or the
-                            average of several
+                            The order depends only on characters that are already unmasked, so this
+                            is a likelihood too
+    GPT twin                exact: the same trunk with causal attention (causal_twin.py), or an
+                            ensemble of several
 
 The standard errors are over windows; the differences to the first row are paired.
 """
@@ -62,7 +62,8 @@ def bounds(model, x_0: torch.Tensor, draws: int, seed: int) -> tuple[torch.Tenso
 
 
 def left_to_right(model, x_0: torch.Tensor) -> torch.Tensor:
-    """Exact -log p per character of each window of x_0 (N, T), (N,): one row per prefix."""
+    """Exact -log p per character of each window of x_0 (N, T), (N,). The network gets one row
+    for each position, in which this position and all later ones are masked."""
     T = x_0.size(1)
     position = torch.arange(T, device=x_0.device)
     masked = position >= position[:, None]                          # (T, T): row i hides i...
@@ -76,7 +77,8 @@ def left_to_right(model, x_0: torch.Tensor) -> torch.Tensor:
 
 
 def most_confident_first(model, x_0: torch.Tensor) -> torch.Tensor:
-    """Exact -log p per character of each window of x_0 (N, T), (N,), by confidence."""
+    """Exact -log p per character of each window of x_0 (N, T), (N,). Each network call scores
+    and then unmasks the position whose likeliest character is most probable."""
     N, T = x_0.shape
     rows = torch.arange(N, device=x_0.device)
     masked = torch.ones_like(x_0, dtype=torch.bool)
@@ -96,11 +98,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to score")
     add("--twins", type=Path, nargs="+", default=[TWIN_WEIGHTS], metavar="WEIGHTS",
-        help="the causal twin, or several, whose probabilities are averaged; left out if missing")
+        help="the GPT twin, or several as an ensemble; files that are missing are left out")
     add("--windows", type=number(int, 2), default=48, help="evenly spaced validation windows")
-    add("--draws", type=COUNT, default=64, help="masks per window")
-    add("--bounds", action="store_true", help="the two bounds alone, which take minutes for all "
-        "436 windows at --draws 16")
+    add("--draws", type=COUNT, default=64, help="masks per window, for the bounds")
+    add("--bounds", action="store_true", help="print only the two bounds (minutes for all "
+        "436 windows at --draws 16)")
     add("--seed", type=SEED, default=0, help="random seed of the bounds")
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     args = parser.parse_args(argv)
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         twins = [make_causal(load_for_sampling(w, device)) for w in args.twins if w.exists()]
     if twins:
         log_p = average([next_log_p(twin, x_0) for twin in twins])
-        name = "causal twin" if len(twins) == 1 else f"average of {len(twins)} causal twins"
+        name = "GPT twin" if len(twins) == 1 else f"ensemble of {len(twins)} GPT twins"
         rows[name] = nll_of(log_p, x_0).double().mean(1)
     print(f"{args.windows} windows, {device.type}, {torch.get_num_threads()} threads, "
           f"seed {args.seed}\n\n"

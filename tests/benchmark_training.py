@@ -1,16 +1,18 @@
-"""How fast is training? The step of training.py beside a plain one and matrix products.
+"""How fast is training? The step of training.py beside a naive step and products of matrices.
 
     uv run tests/benchmark_training.py                   # steps of 64 x 256 characters
     uv run tests/benchmark_training.py --batch-size 32
-    uv run torchrun --standalone --nproc_per_node=2 tests/benchmark_training.py   # shared by two
+    uv run torchrun --standalone --nproc_per_node=2 tests/benchmark_training.py
 
 The measurements take turns, so that a slow spell of the machine hits all of them. A step counts as
 
     6 operations for each weight of a matrix + 12 * n_layer * n_embd * sequence_len for attention
 
-per character, forward and backward (71 million at the default size). The optimizer's own products
-count as time but not as work. Utilisation is that work per second over what products of square
-matrices reach.
+per character, forward and backward (71 million at the default size). The optimizer's own
+products count in the time of a step but not in its operations. Utilisation is the operations per
+second of our step over those of products of square matrices.
+
+Under torchrun, the command compares one process with several that share the batch.
 """
 
 import os
@@ -36,18 +38,18 @@ from model import (
 from training import batch_loss, compiled, draw_batch, make_optimizers, start_processes, update
 
 CONFIG = DiffusionConfig()
-SIDE = 2048  # of the square matrices
+SIDE = 2048  # rows and columns of the square matrices
 RUN_SEED = 1337
 
 
 def flops_per_character(config: DiffusionConfig) -> int:
-    """Forward and backward; PaLM, arXiv 2204.02311, appendix B."""
+    """Operations, forward and backward. PaLM, arXiv 2204.02311, appendix B."""
     in_matrices = 12 * config.n_layer * config.n_embd**2 + config.n_embd * config.vocab_size
     return 6 * in_matrices + 12 * config.n_layer * config.n_embd * config.sequence_len
 
 
 def seconds_of(work, device, times=1):
-    """Wall time of one call, from when the device is idle until it is idle again."""
+    """Mean wall time of work(), between two moments at which the device is idle."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(times):
@@ -66,8 +68,8 @@ def products(device, dtype):
     return partial(torch.matmul, a, a)
 
 
-def plain_step(tokens, batch_size, device):
-    """What one writes first: float32, eager, AdamW for everything, flat cross-entropy."""
+def naive_step(tokens, batch_size, device):
+    """A naive baseline: float32, eager, AdamW for everything, unweighted cross-entropy."""
     model = DiffusionTransformer(CONFIG).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     T, S = CONFIG.sequence_len, CONFIG.diffusion_steps
@@ -108,14 +110,14 @@ def our_step(tokens, args, device, rank=0, world=1):
 
 
 def ratio(seconds, a, b):
-    """How many times as long a takes as b: the median over the rounds."""
+    """Seconds of a over seconds of b, the median over the rounds."""
     return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
 
 def one_process(args, tokens, device):
     work = {
         "products, float32": products(device, torch.float32),
-        "plain step": plain_step(tokens, args.batch_size, device),
+        "naive step": naive_step(tokens, args.batch_size, device),
         "our step": our_step(tokens, args, device),
     }
     if multiplies_bf16(device):
@@ -134,12 +136,12 @@ def one_process(args, tokens, device):
     for name in work:
         if "products" in name:
             print(f"{name:20} {2 * SIDE**3 / median[name] / 1e9:10,.0f} GFLOP/s")
-    for name in ("plain step", "our step"):
+    for name in ("naive step", "our step"):
         print(f"{name:20} {1000 * median[name]:10,.1f} ms {characters / median[name]:12,.0f} "
               f"characters/s {flops / median[name] / 1e9:10,.0f} GFLOP/s")
     utilisation = ratio(seconds, fastest, "our step") * flops / (2 * SIDE**3)
-    print(f"our step: {100 * utilisation:.0f}% of the rate of {fastest}, "
-          f"{ratio(seconds, 'plain step', 'our step'):.2f} times as fast as the plain step")
+    print(f"our step: {100 * utilisation:.0f}% of the speed of {fastest}, "
+          f"{ratio(seconds, 'naive step', 'our step'):.2f} times as fast as the naive step")
 
 
 def several_processes(args, tokens, device, rank, world):
@@ -165,9 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
-    add("--repeats", type=COUNT, default=5, help="measurements of each")
+    add("--repeats", type=COUNT, default=5, help="rounds; in each, everything is measured in turn")
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    add("--no-compile", action="store_true", help="our step without torch.compile")
+    add("--no-compile", action="store_true", help="run our step without torch.compile")
     args = parser.parse_args(argv)
     rank, world, device = start_processes(args)
     tokens = load_corpus(DEFAULT_DATA, CONFIG)[0].to(device)

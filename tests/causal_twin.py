@@ -1,15 +1,15 @@
-"""The model's causal twin: the same trunk and optimizers, trained to predict the next character.
+"""The GPT twin: the model's trunk made causal, trained to predict the next character.
 
     uv run tests/causal_twin.py --max-minutes 17
     uv run tests/causal_twin.py --steps 1000 --weight-decay 0.3 --weights weights/twin_b.pt
     uv run tests/causal_twin.py --fit
     uv run tests/causal_twin.py --write 3000000 --temperature 1.1 > weights/twin.txt
 
-It is what a GPT of this size makes of the same text, and the benchmarks set it beside the diffusion
-model. Its weights, weights/causal_twin.pt, are not shipped. It overfits after some ten million
-characters, so the weights that are best on the last 40,000 characters of the train split, which it
-does not learn, are kept. What it writes is text that nobody has learned by heart yet, for
-training.py to learn from besides the real one; --fit finds the temperature for it.
+The benchmarks compare the diffusion model with this GPT. It has the same size and learns the same
+text by the same optimizers. Its weights, weights/causal_twin.pt, are not shipped. It overfits after
+some ten million characters. So a run learns all but the first 40,000 characters of the train split,
+and keeps the weights that are best on those. --write prints fresh text for training.py to learn
+besides the real one; --fit finds the temperature at which to write.
 """
 
 import os
@@ -36,7 +36,7 @@ from sample import draw, load_for_sampling
 from training import HELD_OUT, compiled, learning_rate_factor, make_optimizers, update
 
 TWIN_WEIGHTS = ROOT / "weights" / "causal_twin.pt"
-LEARNING_RATE = 0.02  # AdamW's is 3e-3
+LEARNING_RATE = 0.02  # Muon's; AdamW's is 3e-3
 
 # Every query attends only to the keys up to its own position
 causal = partial(F.scaled_dot_product_attention, is_causal=True)
@@ -49,14 +49,13 @@ def make_causal(model: DiffusionTransformer) -> DiffusionTransformer:
 
 
 def average(log_p: list[torch.Tensor]) -> torch.Tensor:
-    """The logarithm of the mean of the probabilities whose logarithms are given."""
+    """log p of an ensemble: the logarithm of the mean of its members' probabilities."""
     return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))
 
 
 def next_log_p(network, x_0):
-    """log p(x_i | x_<i) for every character that x_i may be, (B, T, V), the first given nothing.
-    The input is shifted by one, with [MASK] for the beginning; the time index means nothing here
-    and is 0."""
+    """log p(x_i | x_<i) at every position, (B, T, V); the first character is given nothing. The
+    input is shifted by one, and begins with [MASK]. The time index has no meaning here; it is 0."""
     begin = torch.full_like(x_0[:, :1], network.config.mask_token_id)
     with autocast(x_0.device):
         return network(torch.cat((begin, x_0[:, :-1]), 1), torch.zeros_like(x_0[:, 0]))
@@ -69,8 +68,8 @@ def nll_of(log_p, x_0):
 
 @torch.no_grad()
 def judged(twins: list[DiffusionTransformer], ids) -> tuple[torch.Tensor, torch.Tensor]:
-    """The non-overlapping windows (N, T) of a text, and the average of what the twins say of them
-    without context, log p (N, T, V)."""
+    """The non-overlapping windows (N, T) of a text, and log p (N, T, V) of the twins' ensemble for
+    each of them without context."""
     T = twins[0].config.sequence_len
     x_0 = ids[: len(ids) // T * T].view(-1, T).long().to(next(twins[0].parameters()).device)
     log_p = [average([next_log_p(twin, x) for twin in twins]) for x in x_0.split(64)]
@@ -78,7 +77,7 @@ def judged(twins: list[DiffusionTransformer], ids) -> tuple[torch.Tensor, torch.
 
 
 def nats(twins: list[DiffusionTransformer], ids) -> float:
-    """Nats per character of a text, exact, to be compared with the bound."""
+    """Exact nats per character of a text, for comparison with the bound."""
     x_0, log_p = judged(twins, ids)
     return nll_of(log_p, x_0).mean().item()
 
@@ -95,10 +94,11 @@ def fit_temperature(twins: list[DiffusionTransformer], ids) -> dict[float, float
 
 
 class KeptKeys:
-    """Causal attention of one block that keeps the keys and values of all positions before."""
+    """Causal attention of one transformer block. It keeps the keys and values of all earlier
+    positions, so that a network call needs only the new ones."""
 
     def __init__(self, length: int):
-        self.length, self.n = length, 0  # positions that there will be, and that are kept so far
+        self.length, self.n = length, 0  # of positions: in the end, and kept so far
 
     def __call__(self, q, k, v):
         begin, self.n = self.n, self.n + q.size(2)
@@ -108,17 +108,17 @@ class KeptKeys:
         self.keys[:, :, begin : self.n] = k
         self.values[:, :, begin : self.n] = v
         keys, values = self.keys[:, :, : self.n], self.values[:, :, : self.n]
-        # In float32: for a single query, bfloat16 takes a CPU twice as long. More than one query
-        # comes only at the beginning, when nothing is kept
+        # In float32: with a single query, a CPU needs twice as long in bfloat16. The mask is right,
+        # as several queries come only in the first call, when nothing is kept
         y = F.scaled_dot_product_attention(q.float(), keys, values, is_causal=q.size(2) > 1)
         return y.to(q.dtype)
 
 
 def following_log_p(twin: DiffusionTransformer, new):
-    """log p of the character after the ids `new` (B, T), which follow those that the twin's blocks
-    keep, (B, 1, V)."""
+    """log p (B, 1, V) of the character after the ids `new` (B, T). The new ids follow the positions
+    whose keys the twin keeps."""
     cos, sin, n = twin.cos, twin.sin, twin.blocks[0].attn.attend.n
-    twin.cos, twin.sin = cos[n:], sin[n:]                           # position n comes first
+    twin.cos, twin.sin = cos[n:], sin[n:]                           # `new` begins at position n
     log_p = twin(new, torch.zeros_like(new[:, 0]))[:, -1:]
     twin.cos, twin.sin = cos, sin
     return log_p
@@ -127,8 +127,8 @@ def following_log_p(twin: DiffusionTransformer, new):
 @torch.inference_mode()
 def continue_causally(twins: list[DiffusionTransformer], x, length: int, temperature: float,
                       generator: torch.Generator):
-    """The ids x (B, T) and `length` more, (B, T + length), at most sequence_len in all. One network
-    call a character, on that character alone. Several twins average their probabilities."""
+    """The ids x (B, T) and `length` more, (B, T + length), at most sequence_len in all. After the
+    first network call, each needs only the newest character. Several twins write as an ensemble."""
     mask_token_id, end = twins[0].config.mask_token_id, x.size(1) + length
     for twin in twins:
         for block in twin.blocks:
@@ -145,8 +145,8 @@ def continue_causally(twins: list[DiffusionTransformer], x, length: int, tempera
 
 def write(twins: list[DiffusionTransformer], num_characters: int, temperature: float, seed: int,
           streams: int = 192) -> str:
-    """At least so many characters, in long streams, side by side: half a window at a time, each
-    after the half before it."""
+    """At least num_characters characters, as several streams in one batch. A stream grows by half a
+    window at a time, and each half sees the one before it."""
     half = twins[0].config.sequence_len // 2
     x = torch.empty(streams, 0, dtype=torch.long, device=next(twins[0].parameters()).device)
     generator = torch.Generator().manual_seed(seed)
@@ -161,13 +161,13 @@ def write(twins: list[DiffusionTransformer], num_characters: int, temperature: f
 
 
 def incumbent(path: Path) -> float:
-    """Held-out nats per character of the twin that is there, infinite if there is none. BadInput
-    where the file is something else."""
+    """Held-out nats per character of the existing twin, infinite if there is none. Raises BadInput
+    for a file that is no twin."""
     if not path.exists():
         return math.inf
     meta = read_checkpoint(path)["meta"]
     if "held_nll" not in meta:
-        raise BadInput(f"{path}: not a causal twin, so it stays; choose another --weights")
+        raise BadInput(f"{path}: not a GPT twin, so not overwritten; choose another --weights")
     warn(f"{path} has {meta['held_nll']:.4f} held-out nats per character; only a better twin "
          "replaces it")
     return meta["held_nll"]
@@ -177,7 +177,7 @@ def train(args, device: torch.device) -> None:
     best, step = incumbent(args.weights), 0
     config = DiffusionConfig()
     text, val, corpus_sha256 = load_corpus(DEFAULT_DATA, config)
-    text, held = text.tensor_split([-HELD_OUT])
+    held, text = text.tensor_split([HELD_OUT])
     torch.manual_seed(args.seed)
     started = time.perf_counter()
     model = make_causal(DiffusionTransformer(config).to(device))
@@ -210,18 +210,19 @@ def train(args, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--max-minutes", type=number(float, 1e-3), default=17, help="length of the run")
-    add("--steps", type=COUNT, help="length of the run, instead of --max-minutes")
+    add("--max-minutes", type=number(float, 1e-3), default=17, help="train for this long")
+    add("--steps", type=COUNT, help="optimizer steps, instead of --max-minutes")
     add("--batch-size", type=COUNT, default=32, help="sequences per step")
     add("--weight-decay", type=number(float, 0), default=0.0, help="of the block matrices")
     add("--eval-interval", type=COUNT, default=100, help="steps between evaluations")
     add("--weights", type=Path, default=TWIN_WEIGHTS, help="file to write")
-    add("--write", metavar="N", type=COUNT, help="print N characters of text instead")
-    add("--temperature", type=TEMPERATURE, default=1.0, help="of what is written")
+    add("--write", metavar="N", type=COUNT, help="print N characters of text "
+        "instead of training")
+    add("--temperature", type=TEMPERATURE, default=1.0, help="of the written text")
     add("--fit", action="store_true", help="print the temperature at which the held-out characters "
-        "are likeliest instead")
+        "are likeliest, instead of training")
     add("--twins", type=Path, nargs="+", default=[TWIN_WEIGHTS], metavar="WEIGHTS",
-        help="who writes or is fitted: the average of these twins")
+        help="the GPT twins that --write and --fit use, as an ensemble")
     add("--seed", type=SEED, default=1337, help="random seed")
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     args = parser.parse_args(argv)
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     twins = [make_causal(load_for_sampling(path, device)) for path in args.twins]
     if args.fit:
         text, _, _ = load_corpus(DEFAULT_DATA, twins[0].config)
-        fitted = fit_temperature(twins, text[-HELD_OUT:])
+        fitted = fit_temperature(twins, text[:HELD_OUT])
         t = min(fitted, key=fitted.get)
         print(f"temperature {t}: {fitted[t]:.4f} nats per held-out character, "
               f"{fitted[1.0]:.4f} at temperature 1")

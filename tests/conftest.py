@@ -1,4 +1,4 @@
-"""Small models shared by the tests."""
+"""What the tests share: small models, a terminal, and ways to run the scripts."""
 
 import os
 import signal
@@ -33,7 +33,8 @@ TINY = DiffusionConfig(sequence_len=32, n_layer=2, n_head=2, n_embd=32, context_
 
 
 def random_model(config=TINY, seed=0):
-    """A model whose zero-initialised matrices are random too, so that its outputs say something."""
+    """A model whose zero-initialised matrices are random too. With zeros in the output head, every
+    input would give the same probabilities."""
     torch.manual_seed(seed)
     model = DiffusionTransformer(config)
     with torch.no_grad():
@@ -63,8 +64,8 @@ class TableModel(torch.nn.Module):
 
 
 class Screen:
-    """A terminal of a given size on a pseudo-terminal, for what runs in this process. `text()` is
-    what a person sees of `out`, lines that scrolled away included."""
+    """A pseudo-terminal of a given size, for code that runs in this process. `text()` closes `out`
+    and returns what a person has seen there, including lines that scrolled away."""
 
     def __init__(self, rows=60, cols=100):
         fcntl = pytest.importorskip("fcntl")  # not on Windows
@@ -122,6 +123,7 @@ def screen():
 
 
 def no_space(*_):
+    """Stands in for a function that writes to a full disk."""
     raise OSError("No space left on device")
 
 
@@ -149,7 +151,8 @@ def tiny_weights(tmp_path_factory):
 
 @pytest.fixture
 def command(capsys):
-    """Calls a script's main with a command line in this process: importing torch takes seconds."""
+    """Calls a script's main in this process, because a new process would import torch for seconds.
+    Returns exit code, stdout and stderr."""
 
     def call(main, *arguments):
         try:
@@ -163,7 +166,8 @@ def command(capsys):
     return call
 
 
-# Where there is a fork server, it imports torch's optimizers once, which takes seconds
+# A fork server, where the platform has one, imports training.py and torch's compiler once for all
+# runs; that takes seconds
 methods = multiprocessing.get_all_start_methods()
 forks = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 if "forkserver" in methods:
@@ -180,7 +184,8 @@ def _run_training(arguments, log):
 
 
 class Training:
-    """A run of training.py in a process of its own; `output` is what it prints to both streams."""
+    """A run of training.py in a process of its own. `output` is what the run prints to stdout and
+    stderr; `wait` sets it."""
 
     def __init__(self, *arguments):
         self.log = Path(tempfile.mkstemp()[1])
@@ -195,7 +200,8 @@ class Training:
 
 
 def launch(name, *arguments, processes=None, cwd=None, env=None):
-    """Starts one of the project's scripts as a user would, but for uv; under torchrun if asked."""
+    """Starts one of the project's scripts as a user would, but without uv. If `processes` is given,
+    torchrun starts so many."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words = [sys.executable, *(torchrun if processes else []), ROOT / name, *arguments]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **(env or {})}

@@ -27,7 +27,7 @@ curve = importlib.import_module("loss-curve")
 
 @pytest.fixture(autouse=True)
 def a_capable_terminal(monkeypatch):
-    """Whatever the tests themselves run in."""
+    """The same terminal for every test, whatever terminal pytest runs in."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("MPLBACKEND", raising=False)
@@ -46,7 +46,7 @@ def test_blinker_has_period_two():
     assert torch.equal(life.life_step(level), upright)
 
 
-def test_block_stays_and_a_lone_cell_dies():
+def test_a_square_of_live_cells_stays_and_a_lone_cell_dies():
     block = board((0, 0), (0, 7), (7, 0), (7, 7))  # one block, across both edges
     assert torch.equal(life.life_step(block), block)
     assert not life.life_step(board((4, 4))).any()
@@ -88,7 +88,7 @@ def some_frames():
     return list(drawing.frames(scenes, mask_token_id=0))
 
 
-def test_frames_say_what_is_masked_and_what_is_fresh():
+def test_frames_mark_masked_and_fresh_characters():
     first, second, third = some_frames()
     assert first.masked.all() and not first.fresh.any()
     assert second.fresh.tolist() == [[True, False], [False, True]]
@@ -99,13 +99,13 @@ def test_frames_say_what_is_masked_and_what_is_fresh():
     assert list(first.cells())[0][0] == ("█", drawing.BLOCK)
 
 
-def test_a_character_that_a_correction_confirms_is_not_fresh():
+def test_a_character_that_the_corrector_confirms_is_not_fresh():
     scenes = [(torch.tensor([ids]), "", 1) for ids in ([72, 105], [0, 0], [72, 106])]
     frames = list(drawing.frames(scenes, mask_token_id=0))
     assert frames[1].masked.all() and frames[2].fresh.tolist() == [[False, True]]
 
 
-def test_titles_say_draft_or_correction():
+def test_titles_number_the_network_calls_and_say_draft_or_correction():
     parser = drawing.command_line("", fps=10)
     add_sampler_arguments(parser)
     args = parser.parse_args(["--turns", "9", "--stride", "4"], Namespace(num_blocks=1))
@@ -119,12 +119,12 @@ def test_terminal_redraws_in_place_and_gives_the_cursor_back(screen):
     drawing.play(some_frames(), 1000, screen.out)
     assert screen.text().splitlines() == ["test", "Hi", "·↵"]
     text = screen.received.decode()
-    assert text.count("\x1b[3F") == 2  # up by title and two rows, before the second and third frame
+    assert text.count("\x1b[3F") == 2  # title and two rows, twice
     assert text.startswith("\x1b[?25l") and "\x1b[?25h" in text[-20:]
 
 
 def showing(weights):
-    """What `show` takes: scenes and arguments."""
+    """The two arguments of `show`: the function that yields scenes, and the flags."""
     scenes = [(frame.ids, frame.title, 1) for frame in some_frames()]
     return lambda *_: scenes, Namespace(weights=weights, device="cpu", save=None, fps=1000)
 
@@ -153,20 +153,20 @@ def test_frames_do_not_pile_up_on_a_small_terminal(rows, cols, monkeypatch):
     assert set(lines[1:]) == {"x" * min(64, cols)}
 
 
-def test_a_narrower_window_leaves_nothing_of_the_frame_that_it_wrapped(monkeypatch, screen):
+def test_narrowing_the_terminal_leaves_no_wrapped_lines_of_the_last_frame(monkeypatch, screen):
     sizes = iter([os.terminal_size((80, 24)), os.terminal_size((30, 24))])
     monkeypatch.setattr(drawing.shutil, "get_terminal_size", lambda: next(sizes))
     ids = torch.full((2, 64), ord("x"))
     drawing.play([drawing.Frame(ids, ids == 0, ids == 0, "test", hold=1)] * 2, 1000, screen.out)
     screen.text()
-    assert screen.received.count(b"\x1b[7F") == 1  # a line of title, two times three of text
+    assert screen.received.count(b"\x1b[7F") == 1  # the title, and two rows of three lines each
     *_, last = screen.received.split(b"\n")[:-1]
-    assert last.index(b"\x1b[K") < last.index(b"x" * 30)  # which would erase the last column
+    assert last.index(b"\x1b[K") < last.index(b"x" * 30)  # else the erasing takes the last column
 
 
 @linux_only
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_gives_the_terminal_back(signum, screen):
+def test_sigterm_and_sighup_give_the_cursor_back(signum, screen):
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)}
 
     def frames():
@@ -212,7 +212,7 @@ def states_in_parallel(model):
     return list(draft_and_correct(model, x, x == 0, config, seeded()))
 
 
-def test_each_runner_of_a_race_makes_one_call_a_frame_and_then_waits():
+def test_each_runner_of_a_race_makes_one_network_call_a_frame_and_then_waits():
     model = random_model()
     frames, n = race_frames(model), len(states_in_parallel(model))
     panels = [(frame.masked[:, :32], frame.masked[:, 36:]) for frame in frames]
@@ -234,7 +234,7 @@ def test_both_runners_of_a_race_write_what_the_sampler_writes():
     assert torch.equal(last[:, 36:].flatten(), right[0])
 
 
-def test_pictures_show_blocks_for_masked_cells_and_text_for_the_rest():
+def test_pictures_colour_masked_and_fresh_characters():
     first, _, third = (drawing.picture(frame) for frame in some_frames())
     colours = [{colour for _, colour in picture.getcolors(100_000)} for picture in (first, third)]
     assert drawing.BLOCK in colours[0] and drawing.FRESH not in colours[0]
@@ -263,7 +263,7 @@ def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_scripts_write_pictures_without_a_display(tiny_weights, tmp_path):
-    """And whatever backend a notebook has left in the environment."""
+    """The backend that a notebook leaves in the environment must not matter either."""
     settings = {"DISPLAY": "", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     made = script("animations/diffusion-process.py", "--weights", tiny_weights, "--num-blocks", 2,
                   "--save", tmp_path / "a.gif", env=settings)
@@ -283,7 +283,7 @@ def test_output_is_utf8_whatever_the_locale_says(tiny_weights):
     assert len(shown.stdout.splitlines()[1]) == 32
 
 
-def test_a_curve_is_drawn_of_the_log_in_weights(tmp_path, command):
+def test_the_loss_curve_draws_the_log_in_weights_and_refuses_weights_without_one(tmp_path, command):
     model, picture = random_model(), tmp_path / "x.png"
     log = [{"step": n, "characters_seen": 1e6 * n, "val_nelbo": 2.0 / n} for n in (1, 2)]
     save_weights(model, {"log": log}, tmp_path / "w.pt")
@@ -305,6 +305,8 @@ def test_a_curve_is_drawn_of_the_log_in_weights(tmp_path, command):
     (["--temperature", "-1"], ["-1"]),
     (["--weights", "nowhere.pt"], ["nowhere.pt"]),
 ])
-def test_bad_input_to_animations_is_one_line(name, arguments, words, tiny_weights, command):
+def test_bad_input_to_animations_is_refused_in_one_line(
+    name, arguments, words, tiny_weights, command
+):
     process = command(name.main, "--weights", tiny_weights, *arguments)
     assert_one_clear_line(process, *words)

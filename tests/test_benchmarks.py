@@ -1,4 +1,5 @@
-"""The instruments: the n-gram judge, what is counted in its texts, and the count of operations."""
+"""The benchmarks themselves: the judges of text, the timed steps, the ablations, the exact
+likelihoods and the GPT twin."""
 
 import itertools
 import math
@@ -42,7 +43,7 @@ def plain_witten_bell(text, history, character):
     return (after[character] + len(after) * shorter) / (sum(after.values()) + len(after))
 
 
-def test_judge_is_interpolated_witten_bell():
+def test_the_n_gram_judge_is_interpolated_witten_bell():
     judge = judging.NGramJudge(np.frombuffer(TEXT.encode(), np.uint8), order=4)
     for text in ("to be seen", "xyz the qu"):
         p = [plain_witten_bell(TEXT, text[i - 3 : i], text[i]) for i in range(3, len(text))]
@@ -50,7 +51,7 @@ def test_judge_is_interpolated_witten_bell():
         np.testing.assert_allclose(judge.nats(ids, skip=3), -np.log(p))
 
 
-def test_judge_gives_a_probability_to_every_character_and_one_to_all_of_them():
+def test_the_probabilities_of_the_n_gram_judge_add_up_to_one():
     judge = judging.NGramJudge(np.frombuffer(TEXT.encode(), np.uint8))
     texts = [np.frombuffer(b" the qu" + bytes([c]), np.uint8) for c in range(1, 128)]
     total = sum(math.exp(-judge.nats(text, skip=7)[0]) for text in texts)
@@ -60,11 +61,11 @@ def test_judge_gives_a_probability_to_every_character_and_one_to_all_of_them():
 @pytest.mark.parametrize("text, expected", [
     ("not to be xx", 10), ("zzz", 0), (TEXT, len(TEXT)), ("question not to", 9),
 ])
-def test_longest_copy(text, expected):
+def test_longest_copy_finds_the_longest_stretch_that_stands_in_the_source(text, expected):
     assert judging.longest_copy(text, TEXT) == expected
 
 
-def test_divergence_of_3_grams_is_jensen_shannons():
+def test_jensen_shannon_follows_its_definition():
     a, b = np.array([1, 1, 2, 3]), np.array([2, 2, 3, 9])
     p, q = np.array([2, 1, 1, 0]) / 4, np.array([0, 2, 1, 1]) / 4
     m = (p + q) / 2
@@ -75,7 +76,7 @@ def test_divergence_of_3_grams_is_jensen_shannons():
     assert judging.jensen_shannon(np.zeros(4, int), b) == pytest.approx(math.log(2))
 
 
-def test_the_judge_sees_speakers_questions_and_lines():
+def test_the_columns_of_the_judge_match_a_count_by_hand():
     judge = judging.Judge("to be or not to be " * 50)
     texts = ["to be?\n\nROMEO:\nnot xx be!\n", "to be?\n\nNo name\nor not:\nt"]
     columns, n = judge.columns(texts), sum(map(len, texts))
@@ -91,7 +92,7 @@ def test_words_cut_by_the_edges_of_a_text_are_not_judged():
     assert judging.words("estion: Whether 'tis no") == ["whether", "'tis"]
 
 
-def test_operations_per_character_are_those_that_torch_counts():
+def test_operations_per_character_match_the_count_of_torch():
     config = DiffusionConfig(n_layer=2, n_head=2, n_embd=32, sequence_len=16, context_len=4)
     model, x = DiffusionTransformer(config), torch.zeros(3, 16, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
@@ -103,7 +104,7 @@ def test_operations_per_character_are_those_that_torch_counts():
 def test_permuted_epochs_read_every_window_once():
     recipe = replace(ablation.RECIPE, permuted=True, batch_size=3)
     starts = torch.cat(list(ablation.draw_starts(recipe, 256 * 8 + 255, steps=16)))
-    for epoch in starts.view(6, 8):  # of eight windows, wherever the first begins
+    for epoch in starts.view(6, 8):  # of eight windows, the first at a random offset
         assert (epoch.sort().values.diff() == 256).all()
     assert not torch.equal(starts[:8] - starts[:8].min(), starts[8:16] - starts[8:16].min())
 
@@ -142,12 +143,12 @@ def test_an_ablation_trains_a_diffusion_model(row, monkeypatch):
     assert nelbo(model, text, passes=2)[0] < 4
 
 
-def test_the_timed_steps_take_text_as_the_corpus_gives_it(monkeypatch):
+def test_the_timed_steps_run_on_the_bytes_of_a_corpus(monkeypatch):
     monkeypatch.setattr(timing, "CONFIG", TINY)
     args = Namespace(batch_size=2, no_compile=True)
     text, device = torch.randint(1, 128, (600,), dtype=torch.uint8), torch.device("cpu")
     timing.our_step(text, args, device)()
-    timing.plain_step(text, 2, device)()
+    timing.naive_step(text, 2, device)()
 
 
 def every_text(length, vocab_size):
@@ -163,7 +164,7 @@ def test_exact_likelihoods_sum_to_one_over_all_texts(score):
 
 
 @torch.no_grad()
-def test_bounds_of_the_likelihood_benchmark_are_those_of_the_model():
+def test_bounds_of_the_likelihood_benchmark_match_nelbo_and_meet_in_continuous_time():
     config = DiffusionConfig(sequence_len=3, vocab_size=4, diffusion_steps=5, context_len=0)
     model, x_0 = TableModel(config), torch.tensor([1, 3, 2])
     expected, error = nelbo(model, x_0.repeat(500), passes=8)
@@ -175,7 +176,7 @@ def test_bounds_of_the_likelihood_benchmark_are_those_of_the_model():
 
 
 @torch.no_grad()
-def test_the_causal_twin_predicts_each_character_from_those_before_it():
+def test_a_gpt_twin_predicts_each_character_from_the_characters_before():
     model = make_causal(random_model())
     x_0 = torch.randint(1, 128, (2, 32))
     changed = x_0.clone()
@@ -187,7 +188,7 @@ def test_the_causal_twin_predicts_each_character_from_those_before_it():
 
 @torch.no_grad()
 @pytest.mark.parametrize("given", [0, 1, 9])
-def test_a_twin_that_keeps_keys_writes_what_one_that_recomputes_them_writes(given, monkeypatch):
+def test_kept_keys_do_not_change_the_text_of_a_gpt_twin(given, monkeypatch):
     monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
     model, same = random_model(), random_model()
     x = x_plain = torch.randint(1, 128, (3, given))
@@ -203,24 +204,24 @@ def test_a_twin_that_keeps_keys_writes_what_one_that_recomputes_them_writes(give
 
 
 @torch.no_grad()
-def test_twins_write_from_the_average_of_their_probabilities(monkeypatch):
+def test_several_gpt_twins_write_from_the_mean_of_their_probabilities(monkeypatch):
     monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
     twins, begin = [random_model(seed=1), random_model(seed=2)], torch.zeros(50, 1).long()
-    p = sum(twin(begin, begin[:, 0]).exp() for twin in twins) / 2  # of one character: causal or not
+    p = sum(twin(begin, begin[:, 0]).exp() for twin in twins) / 2  # of one position
     expected = draw(p.log(), 1.0, seeded(0))
     written = continue_causally(twins, begin[:, :0], 1, 1.0, seeded(0))
     assert torch.equal(written, expected) and len(written.unique()) > 10
 
 
-def test_a_twin_writes_at_least_as_much_as_asked_and_the_same_for_the_same_seed():
+def test_a_gpt_twin_writes_at_least_the_length_asked_for_and_equal_texts_for_equal_seeds():
     text = causal_twin.write([random_model()], 200, 1.0, seed=4, streams=3)
-    assert 200 <= len(text) <= 200 + 3 * 16 + 2  # a half window more for each stream
+    assert 200 <= len(text) <= 200 + 3 * 16 + 2  # up to half a window more in each stream
     assert text == causal_twin.write([random_model()], 200, 1.0, seed=4, streams=3)
     assert text != causal_twin.write([random_model()], 200, 1.0, seed=5, streams=3)
 
 
-def test_the_fitted_temperature_is_that_of_the_text(monkeypatch):
-    """The text is drawn at 1.2 from twins whose probabilities are too sure of themselves."""
+def test_the_fitted_temperature_is_the_one_at_which_the_text_was_drawn(monkeypatch):
+    """The twins write the text at temperature 1.2. At 1, they are too sure of their own text."""
     monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
     twins = [make_causal(random_model(seed=1)), make_causal(random_model(seed=2))]
     x = torch.empty(400, 0, dtype=torch.long)
@@ -230,10 +231,10 @@ def test_the_fitted_temperature_is_that_of_the_text(monkeypatch):
     assert fitted[1.0] == pytest.approx(causal_twin.nats(twins, x.flatten()), abs=1e-5)
 
 
-def test_the_twins_weights_are_chosen_on_text_that_it_does_not_learn(tmp_path, monkeypatch):
-    """The text that is learned, held out and validates is told apart by its characters."""
+def test_the_weights_of_a_gpt_twin_are_chosen_on_text_that_it_does_not_learn(tmp_path, monkeypatch):
+    """Its characters tell which text a call reads: a is learned, b is held out, c validates."""
     text, val = (torch.tensor(list(part), dtype=torch.uint8) for part in (
-        b"a" * 600 + b"b" * 300, b"c" * 90))
+        b"b" * 300 + b"a" * 600, b"c" * 90))
     learned, held_out = set(), iter([3.0, 1.0, 2.0])
     next_log_p = causal_twin.next_log_p
 
@@ -257,11 +258,11 @@ def test_the_twins_weights_are_chosen_on_text_that_it_does_not_learn(tmp_path, m
     assert (meta["step"], meta["held_nll"], meta["val_nll"]) == (2, 1.0, 9.0)
 
 
-def test_the_twin_that_is_there_sets_the_mark_and_another_model_stays(tmp_path):
+def test_an_existing_gpt_twin_is_the_mark_to_beat_and_another_model_is_refused(tmp_path):
     path = tmp_path / "twin.pt"
     assert causal_twin.incumbent(path) == math.inf
     save_weights(random_model(), {"held_nll": 1.5}, path)
     assert causal_twin.incumbent(path) == 1.5
     save_weights(random_model(), {"val_nelbo": 1.5}, path)
-    with pytest.raises(BadInput, match="not a causal twin"):
+    with pytest.raises(BadInput, match="not a GPT twin"):
         causal_twin.incumbent(path)

@@ -1,5 +1,8 @@
-"""Device code without the device: it runs on fake CUDA tensors, which have shapes, types and places
-but hold no numbers. A tensor made on the wrong device raises."""
+"""Which devices and processes the scripts choose, whether tensors stay on their device, and whether
+odd environments disturb the tests.
+
+The tests have no GPU. Fake CUDA tensors have shapes, types and a device but hold no numbers; an
+operation between tensors of two devices raises."""
 
 import os
 import subprocess
@@ -20,7 +23,7 @@ from model import BadInput
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A CUDA device without a driver."""
+    """A device for fake CUDA tensors, which need no driver."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     # Without a driver, autocast would switch itself off with a warning
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -34,7 +37,7 @@ def cuda(monkeypatch):
 
 
 def network_on(device, dtype=torch.float32):
-    """A network there, without .to(), which fake parameters refuse."""
+    """A network on the device. Fake parameters refuse .to(), so it is made there."""
     with device:
         network = model.DiffusionTransformer(TINY)
     state = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
@@ -53,7 +56,7 @@ def test_a_training_step_stays_on_its_device_and_multiplies_in_bfloat16(cuda):
     loss = training.batch_loss(network, batch)
     assert types == [torch.bfloat16]
     for parameter in network.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # the backward pass itself wants a real device
+        parameter.grad = torch.zeros_like(parameter)  # the backward pass needs a real device
     training.update(network, optimizers, factor=0.5)
     assert loss.device.type == "cuda" and loss.shape == ()
     assert all(p.device.type == "cuda" for p in network.parameters())
@@ -77,7 +80,7 @@ def test_the_bound_stays_on_its_device(cuda):
 
 
 def without_generator(function):
-    """FakeTensorMode can't take a generator of a device that is not there."""
+    """The function without its generator: a CUDA generator needs a real device."""
 
     def call(*arguments, generator=None, **keywords):
         return function(*arguments, **keywords)
@@ -86,8 +89,9 @@ def without_generator(function):
 
 
 @pytest.mark.parametrize("rule", [rule for rule, _ in sample.METHODS.values()])
-def test_a_step_of_denoising_stays_on_its_device(rule, cuda):
-    """One rule at a time: the loop itself asks for a number, to know when it is finished."""
+def test_a_network_call_and_each_rule_stay_on_their_device(rule, cuda):
+    """The body of `denoise` for each rule. The loop itself can't run, as it asks whether anything
+    is still masked, and fake tensors hold no answer."""
     network = network_on(cuda, torch.bfloat16)
     x, generator = torch.zeros(2, 32, dtype=torch.long, device=cuda), torch.Generator()
     masked, unmask_time = x == 0, sample.uniform(x, generator)
@@ -103,7 +107,7 @@ def no_kernel(*_, **__):
 
 
 def test_auto_falls_back_where_the_build_has_no_kernels(monkeypatch, capsys):
-    """An NVIDIA card that is older than the wheel."""
+    """As with an NVIDIA card that is older than the PyTorch build supports."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     ones = torch.ones
     monkeypatch.setattr(
@@ -117,15 +121,6 @@ def test_auto_falls_back_where_the_build_has_no_kernels(monkeypatch, capsys):
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
             "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
-
-
-def test_what_torchrun_sets_makes_no_processes_without_torchrun(monkeypatch):
-    """A cluster may set all of it, for purposes of its own."""
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    args = SimpleNamespace(batch_size=3, device="cpu")
-    assert training.start_processes(args) == (0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("gpus, device, backend", [(0, "cpu", "gloo"), (2, "cuda", "nccl")])
@@ -145,7 +140,7 @@ def test_processes_take_a_gpu_each_or_the_cpu_but_never_mps(gpus, device, backen
     assert chosen == ([1, backend] if gpus else [backend])
 
 
-def test_the_tests_pass_in_a_dumb_terminal_a_notebook_and_a_cluster():
+def test_some_tests_pass_in_a_dumb_terminal_a_notebook_and_a_cluster():
     odd = {**TORCHRUN, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "9", "LC_ALL": "C",
            "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     some = "redraws or honoured or curve or folder_is_refused"

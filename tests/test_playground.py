@@ -1,4 +1,4 @@
-"""The recorder, the page that it fills, the server behind the live page, and both in a browser."""
+"""The recorder, the page, the server behind the live page, and both pages in a browser."""
 
 import html
 import http.client
@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_clear_line, launch, no_space, random_model
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
 import drawing
 from sample import SamplerConfig, dilated, draft_and_correct, left_to_right
@@ -49,7 +49,7 @@ def replayed(steps):
 
 
 def island(page):
-    """The trace inside a page, by a parser that knows what ends a script."""
+    """The trace inside a page. A real HTML parser decides where the script element ends."""
     class Finder(HTMLParser):
         inside, found = False, ""
 
@@ -68,7 +68,7 @@ def island(page):
 
 
 @pytest.mark.parametrize("config", [{}, {"stride": 1}, {"rule": left_to_right, "sweeps": 0}])
-def test_recorder_changes_nothing_and_misses_nothing(config):
+def test_the_recorder_keeps_every_state_and_does_not_change_the_text(config):
     model = random_model()
     recorder, states = recorded(model, BLANK, **config)
     assert all(map(torch.equal, states, sampled(model, BLANK, **config)))
@@ -95,8 +95,10 @@ def test_guesses_are_the_likeliest_characters_of_the_masked_places():
 
 
 @settings(max_examples=50, deadline=None)
-@given(some.lists(some.binary(min_size=6, max_size=6), min_size=1), some.text())
-def test_any_states_come_back_from_the_page(tmp_path_factory, tiny_weights, states, name):
+@given(st.lists(st.binary(min_size=6, max_size=6), min_size=1), st.text())
+def test_states_of_any_bytes_can_be_read_back_from_the_page(
+    tmp_path_factory, tiny_weights, states, name
+):
     recorder = drawing.Recorder(0)
     recorder.begin(name + "</script>\u2028<!--")
     for state in states:
@@ -106,14 +108,14 @@ def test_any_states_come_back_from_the_page(tmp_path_factory, tiny_weights, stat
     assert list(replayed(trace["runs"][0]["steps"])) == [list(state) for state in states]
 
 
-def test_page_asks_nothing_of_the_network():
+def test_the_page_loads_nothing_from_other_sites():
     assert not re.findall(r"https?:|@import|\bsrc\s*=|\bhref=", PAGE)
     assert re.findall(r"fetch\((.*?),", PAGE) == ['"/run"']
     assert "default-src 'none'" in PAGE and "innerHTML" not in PAGE
 
 
-def test_the_recorded_page_of_the_readme_is_this_page():
-    """After a change of page.html, its command makes it anew."""
+def test_the_recorded_page_of_the_readme_was_made_from_this_page_html():
+    """After a change of page.html, the command shown on denoising.html has to make it anew."""
     path = ROOT / "animations" / "denoising.html"
     assert path.stat().st_size <= 120_000
     shipped = re.sub(r'(id="trace">)[^<]*', r"\1{}", path.read_text("utf-8"), count=1)
@@ -131,7 +133,7 @@ def luminance(colour):
     ("ink", "paper"), ("ink", "panel"), ("soft", "paper"), ("fresh", "glow"), ("fault", "paper"),
     ("guess", "low"), ("guess", "high"), ("paper", "accent"),
 ])
-def test_colours_pass_contrast(theme, ink, paper):
+def test_text_contrasts_with_its_background_in_both_themes(theme, ink, paper):
     palette = dict(re.findall(r"--(\w+): light-dark\((#\w+, #\w+)\)", PAGE))
     a, b = (luminance(palette[name].split(", ")[theme]) + 0.05 for name in (ink, paper))
     assert max(a, b) / min(a, b) >= 4.5
@@ -172,7 +174,7 @@ def server(tiny_weights):
 
 
 def post(server, body, **headers):
-    """Status, and the lines of the answer."""
+    """Posts to /run. Returns the status and the lines of the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -195,7 +197,7 @@ def test_server_fills_the_gaps_and_nothing_else(server):
     assert [step["label"] for step in steps] == ["draft"] * 3
 
 
-def test_a_look_is_one_call_that_writes_nothing(server):
+def test_a_look_makes_one_network_call_and_writes_nothing(server):
     _, lines = post(server, request(what="look"))
     step, _ = map(json.loads, lines)
     assert len(step["p"]) == 15 and step["to"].count("\0") == 3
@@ -211,7 +213,7 @@ def test_a_look_is_one_call_that_writes_nothing(server):
     (request() | {"settings": []}, "list"), ({}, "text"), ([], "list"), (None, "None"),
     (b"{", "char 1"), (b"\xff", "utf-8"), (b"[" * 60000, "recursion"),
 ])
-def test_what_is_wrong_with_a_request_is_one_line(server, body, words):
+def test_a_bad_request_is_refused_in_one_line(server, body, words):
     status, lines = post(server, body)
     assert status == 400 and len(lines) == 1
     error = json.loads(lines[0])["error"]
@@ -229,7 +231,7 @@ def test_server_answers_its_own_page_only(server):
     assert server.server_address[0] == "127.0.0.1"
 
 
-def test_page_comes_from_the_server_under_a_policy(server):
+def test_the_server_sends_its_page_under_a_content_security_policy(server):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
     connection.request("GET", "/")
     answer = connection.getresponse()
@@ -240,7 +242,7 @@ def test_page_comes_from_the_server_under_a_policy(server):
     assert connection.getresponse().status == 404
 
 
-def test_a_client_that_goes_away_frees_the_model_within_one_call(server):
+def test_a_client_that_goes_away_frees_the_model(server):
     body = json.dumps(request(sweeps=10**9)).encode()
     head = b"POST /run HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(server.server_address) as client:
@@ -250,7 +252,7 @@ def test_a_client_that_goes_away_frees_the_model_within_one_call(server):
     assert not server.model._forward_hooks
 
 
-def test_a_taken_port_is_passed_over_and_ctrl_c_ends_it_at_once(tiny_weights):
+def test_the_playground_passes_over_a_taken_port_and_ends_at_once_on_ctrl_c(tiny_weights):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = launch("animations/playground.py", "--weights", tiny_weights, "--no-browser",
@@ -311,7 +313,7 @@ def visible(byte):
 
 
 @in_browser
-def test_order_view_colours_what_came_and_tells_what_was_changed(page, tmp_path):
+def test_the_order_view_marks_filled_and_corrected_characters(page, tmp_path):
     address, steps = page
     found = dom(f"{address}#step=24&view=order", tmp_path)
     texts = list(replayed(steps))
@@ -335,7 +337,7 @@ def browser(server, tmp_path):
     with webdriver.Chrome(options, service) as browser:
         browser.get(f"http://127.0.0.1:{server.server_port}/")
         yield browser
-        faults = browser.get_log("browser")  # a refused request is one, too
+        faults = browser.get_log("browser")  # "network": a request that the server refused
         assert {fault["source"] for fault in faults} <= {"network"}
 
 
@@ -352,7 +354,7 @@ def until(condition):
 
 
 @in_browser
-def test_live_page_masks_guesses_places_fills_and_saves(browser, tmp_path):
+def test_the_live_page_masks_a_character_places_a_guess_fills_and_saves(browser, tmp_path):
     find = partial(browser.find_elements, "css selector")
 
     def text():
@@ -379,7 +381,7 @@ def test_live_page_masks_guesses_places_fills_and_saves(browser, tmp_path):
 
 
 @in_browser
-def test_live_page_shows_a_fault_races_and_compares_lengths(browser):
+def test_the_live_page_shows_a_fault_compares_gap_lengths_and_races(browser):
     find = partial(browser.find_element, "css selector")
     until(lambda: find("#label").text)
     find("#text").clear()

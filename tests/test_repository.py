@@ -1,4 +1,5 @@
-"""What a fresh clone holds: the shipped weights are what their meta and the README say they are."""
+"""A fresh clone: its shipped weights are what their meta and the README say, its files those that
+the README names."""
 
 import math
 import re
@@ -30,11 +31,11 @@ def test_shipped_weights_score_what_their_meta_says(shipped):
     model, meta = shipped
     _, val, _ = load_corpus(DEFAULT_DATA, model.config)
     mean, _ = nelbo(model, val, passes=2, windows=64)
-    # 128 estimates scatter by about 0.35 each, so 0.03 together; the windows differ too
+    # One estimate scatters by about 0.35, so the mean of 128 by 0.03. Other windows differ, too
     assert abs(mean - meta["val_nelbo"]) < 0.15
 
 
-def test_readme_reports_the_figure_in_the_weights(shipped):
+def test_readme_reports_the_bound_in_the_meta_of_the_shipped_weights(shipped):
     _, meta = shipped
     readme = (ROOT / "README.md").read_text("utf-8")
     assert f"{meta['val_nelbo']:.4f}" in readme
@@ -48,16 +49,16 @@ def test_the_denoising_loop_of_the_readme_is_that_of_sample_py():
     assert loop in source
 
 
-def test_every_script_that_the_readme_names_exists():
+def test_every_file_that_the_readme_names_exists():
     readme = (ROOT / "README.md").read_text("utf-8")
     named = set(re.findall(r"[\w/-]+\.(?:py|md|gif|png|csv|txt|pt)\b", readme))
-    theirs = {"weights/laptop.pt", "weights/my.pt", "my.txt", "out.txt", "loss-curve.png"}
+    made_by_commands = {"weights/laptop.pt", "weights/my.pt", "my.txt", "out.txt", "loss-curve.png"}
     places = [ROOT, ROOT / "animations"]
     missing = {name for name in named if not any((place / name).exists() for place in places)}
-    assert missing <= theirs
+    assert missing <= made_by_commands
 
 
-def test_top_level_holds_what_it_should_and_nothing_else():
+def test_the_top_level_holds_exactly_the_listed_files_and_folders():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")

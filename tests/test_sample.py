@@ -50,7 +50,9 @@ def seeded(seed=0):
 @settings(max_examples=15, deadline=None)
 @given(length=st.integers(1, 32), share=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
        seed=st.integers(0, 999), temperature=st.sampled_from([0, 0.7, 1.5]))
-def test_every_state_keeps_what_is_known_and_unmasks_more(rule, length, share, seed, temperature):
+def test_every_network_call_of_denoise_keeps_known_characters_and_unmasks_more(
+    rule, length, share, seed, temperature
+):
     x = partly_masked(3, length, share, seed)
     states = [x, *denoise(random_model(), x, rule, temperature, seeded(seed))]
     for before, after in itertools.pairwise(states):
@@ -63,21 +65,22 @@ def test_every_state_keeps_what_is_known_and_unmasks_more(rule, length, share, s
 
 
 @every_rule
-def test_same_seed_same_text_and_another_seed_another_text(rule):
+def test_equal_seeds_give_equal_texts_and_other_seeds_other_texts(rule):
     model, x = random_model(), torch.zeros(1, 32, dtype=torch.long)
     texts = [last(denoise(model, x, rule, 1.0, seeded(seed))) for seed in (3, 3, 4)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
 def test_neighbouring_seeds_share_no_sample():
-    """Row r of seed s was once row r - 1 of seed s + 1."""
+    """In an earlier version, row r of seed s was row r - 1 of seed s + 1."""
     model, x = random_model(), torch.zeros(8, 32, dtype=torch.long)
     rows = torch.cat([last(denoise(model, x, dilated, 1.0, seeded(seed))) for seed in (0, 1, 2)])
     assert len(rows.unique(dim=0)) == 24
 
 
 def plain_top_k(model, ids, k):
-    """Argmax as one would write it first: one row, Python loops, the index from the fraction."""
+    """A naive top-k at temperature 0: one row, Python loops, the noise level t from the share that
+    is masked."""
     ids, S = list(ids), model.config.diffusion_steps
     while 0 in ids:
         t = math.ceil(S * ids.count(0) / len(ids))
@@ -92,7 +95,7 @@ def plain_top_k(model, ids, k):
 
 
 @torch.no_grad()
-def test_the_loop_agrees_with_a_slow_plain_one():
+def test_denoise_agrees_with_a_naive_loop():
     model, x = random_model(), partly_masked(4, 32, 0.8, seed=2)
     fast = last(denoise(model, x, partial(top_k, k=3), 0, seeded()))
     assert fast.tolist() == [plain_top_k(model, row.tolist(), 3) for row in x]
@@ -149,20 +152,8 @@ def test_sampling_draws_from_the_exact_distribution(rule, distribution):
     assert chi2 < degrees + 4 * math.sqrt(2 * degrees)
 
 
-def test_random_numbers_are_uniform_and_independent():
-    like, generator = torch.zeros(64, 256), seeded(7)
-    u = torch.stack([uniform(like, generator) for _ in range(8)])           # (8, 64, 256)
-    assert ((u >= 0) & (u < 1)).all()
-    centred = u - 0.5
-    neighbours = (
-        (centred[:, :, 1:], centred[:, :, :-1]), (centred[:, 1:], centred[:, :-1]),
-        (centred[1:], centred[:-1]),
-    )
-    for a, b in neighbours:
-        assert abs(12 * (a * b).mean() * math.sqrt(a.numel())) < 4.5
-
-
 def numbers(u, monkeypatch):
+    """Lets `draw` take these numbers in place of random ones."""
     monkeypatch.setattr(sample, "uniform", lambda x, generator: u)
 
 
@@ -192,7 +183,7 @@ def proposal(p, chosen, masked):
     return Proposal(p.log(), chosen, masked, torch.rand(chosen.shape))
 
 
-def test_rules_unmask_what_their_papers_say():
+def test_threshold_top_k_and_entropy_bound_unmask_the_positions_computed_by_hand():
     p = [[[0, 0.9, 0.1], [0, 0.6, 0.4], [0, 0.95, 0.05], [0, 0.99, 0.01]]]
     seen = proposal(p, [[1, 1, 1, 1]], [[True, True, True, False]])
     assert threshold(seen, tau=0.9).tolist() == [[True, False, True, False]]
@@ -221,7 +212,7 @@ def test_gumbel_noise_draws_places_in_proportion_to_confidence():
 @pytest.mark.parametrize("turns, order", [
     (8, [0, 4, 2, 6, 1, 5, 3, 7]), (4, [0, 2, 1, 3]), (1, [0]), (6, [0, 4, 2, 1, 5, 3]),
 ])
-def test_dilated_unmasks_characters_that_stand_apart_in_mirrored_order(turns, order):
+def test_dilated_unmasks_equally_spaced_characters_in_van_der_corput_order(turns, order):
     unmask_time = torch.full((1, 24), 0.0)
     masked, seen = torch.ones(1, 24, dtype=torch.bool), []
     while masked.any():
@@ -234,15 +225,15 @@ def test_dilated_unmasks_characters_that_stand_apart_in_mirrored_order(turns, or
 
 
 def test_dilated_begins_at_random_places_and_needs_no_more_calls_than_turns():
-    x, calls = torch.zeros(400, 32, dtype=torch.long), []
+    x = torch.zeros(400, 32, dtype=torch.long)
     first = dilated(Proposal(None, None, x == 0, uniform(x, seeded())), 8).float().mean(0)
     assert (first - 1 / 8).abs().max() < 4.5 * math.sqrt(7 / 64 / 400)
-    for calls in (list(denoise(random_model(), x[:2], partial(dilated, turns=n), 1.0, seeded()))
-                  for n in (1, 8, 13)):
-        assert len(calls) in (1, 8, 13)
+    for n in (1, 8, 13):
+        calls = list(denoise(random_model(), x[:2], partial(dilated, turns=n), 1.0, seeded()))
+        assert len(calls) == n
 
 
-def test_leftmost_confines_each_step():
+def test_leftmost_confines_each_network_call_to_the_leftmost_masked_characters():
     model, x = random_model(), partly_masked(2, 32, 0.9, seed=3)
     rule = partial(leftmost, rule=partial(top_k, k=2), width=3)
     for before, after in itertools.pairwise([x, *denoise(model, x, rule, 1.0, seeded())]):
@@ -255,7 +246,7 @@ def test_leftmost_confines_each_step():
 # ---- whole texts
 
 
-def test_correcting_rewrites_each_open_character_once_a_sweep_and_no_other():
+def test_a_sweep_of_the_corrector_remasks_each_new_character_once_and_no_other():
     model, x = random_model(), partly_masked(3, 32, 0.5, seed=4)
     open_to_change, remasked = x == 0, []
     config = SamplerConfig(sweeps=3, stride=4)
@@ -266,8 +257,9 @@ def test_correcting_rewrites_each_open_character_once_a_sweep_and_no_other():
 
 
 @torch.no_grad()
-def test_correcting_at_temperature_one_leaves_the_models_own_distribution_alone():
-    """Redrawing from exact conditionals, one position at a time, makes independent draws joint."""
+def test_the_corrector_at_temperature_one_turns_independent_draws_into_joint_ones():
+    """Gibbs sampling. The draft draws both characters at once, so independently; each correction
+    call draws one from its exact distribution given the other."""
     config = DiffusionConfig(sequence_len=2, vocab_size=3, diffusion_steps=4, context_len=0)
     joint = torch.tensor([[0.4, 0.1], [0.2, 0.3]])  # p(x_0, x_1) over the characters 1 and 2
 
@@ -298,7 +290,7 @@ def ids(text):
 
 
 def continuation(prompt, num_blanks, config, model=None):
-    """How much is final after every window, and the whole text (1, N)."""
+    """How many characters are final after every window, and the whole text (1, N)."""
     x = torch.cat((ids(prompt), torch.zeros(1, num_blanks, dtype=torch.long)), 1)
     *states, (x, final) = fill(model or random_model(), x, config, seeded(1))
     return [final for _, final in states] + [final], x
@@ -307,7 +299,7 @@ def continuation(prompt, num_blanks, config, model=None):
 SHORT = SamplerConfig(block_len=8, lookback=8)
 
 
-def test_windows_continue_one_another_and_hold_back_half_the_lookback():
+def test_windows_continue_one_another_and_leave_half_the_lookback_to_the_corrector():
     finals, x = continuation("To be", 32, SHORT)
     assert finals == [9, 17, 25, 37] and (x != 0).all()
     assert x[0, :5].tolist() == list(b"To be")
@@ -315,13 +307,13 @@ def test_windows_continue_one_another_and_hold_back_half_the_lookback():
     assert finals == [13, 21, 29, 37]
 
 
-def test_what_is_final_does_not_change():
+def test_characters_that_fill_reports_as_final_do_not_change():
     states = list(fill(random_model(), torch.zeros(2, 50, dtype=torch.long), SHORT, seeded()))
     for (before, final), (after, _) in itertools.pairwise(states):
         assert torch.equal(before[:, :final], after[:, :final])
 
 
-def test_only_the_end_of_a_prompt_conditions_a_continuation():
+def test_only_the_lookback_at_the_end_of_a_prompt_conditions_a_continuation():
     config = replace(SHORT, lookback=5)
     _, one = continuation("And so To be", 24, config)
     _, other = continuation("xyzXYZ To be", 24, config)
@@ -340,7 +332,7 @@ def test_a_gap_sees_the_text_on_both_sides():
 @settings(max_examples=60, deadline=None)
 @given(sequence_len=st.integers(1, 12), block_len=st.none() | st.integers(1, 14),
        lookback=st.none() | st.integers(0, 14), prompt=st.integers(0, 20), sweeps=st.integers(0, 1))
-def test_every_block_and_lookback_works_or_is_refused(
+def test_every_block_length_and_lookback_writes_text_or_is_refused(
     sequence_len, block_len, lookback, prompt, sweeps
 ):
     flags = [f"--block-len={block_len}"] * bool(block_len) + [f"--sweeps={sweeps}"]
@@ -359,7 +351,7 @@ def test_every_block_and_lookback_works_or_is_refused(
 @settings(max_examples=25, deadline=None)
 @given(st.text("abc _\n", min_size=1, max_size=150).filter(lambda text: "_" in text),
        st.integers(1, 3), st.sampled_from([1, 2, 5, 32]))
-def test_filling_touches_gaps_alone_however_long_the_text(text, num_samples, sequence_len):
+def test_filling_changes_only_the_gaps_of_a_text_of_any_length(text, num_samples, sequence_len):
     model = random_model(replace(TINY, sequence_len=sequence_len, context_len=0))
     x = ids(text)
     gaps = x == ord("_")
@@ -387,8 +379,10 @@ def test_sample_prints_text_alone_to_stdout_from_any_folder(tiny_weights, tmp_pa
     assert command(sample.main, *arguments).stdout.replace("\r", "\n") == process.stdout
 
 
-def test_without_a_prompt_text_begins_where_a_speaker_does(tiny_weights, command):
-    """Two line ends are an unseen prompt."""
+def test_without_a_prompt_sample_continues_two_line_ends_that_it_does_not_print(
+    tiny_weights, command
+):
+    """In the corpus, a speaker follows two line ends."""
     alone = command(sample.main, "--weights", tiny_weights, "--num-blocks", 2).stdout
     given = command(sample.main, "--weights", tiny_weights, "--num-blocks", 2, "--prompt", "\n\n")
     assert given.stdout == "\n\n" + alone and len(alone) == 2 * 24 + 1
@@ -402,7 +396,9 @@ def test_sample_separates_several_samples_and_fills_gaps(tiny_weights, command, 
     assert all(text.startswith("To ") and text.rstrip("\n").endswith(" or not") for text in texts)
 
 
-def test_line_ends_of_windows_are_line_ends(tiny_weights, tmp_path, command, stdin):
+def test_sample_reads_crlf_as_lf_in_prompts_prompt_files_and_stdin(
+    tiny_weights, tmp_path, command, stdin
+):
     prompt = "ROMEO:\nGood morrow.\n"
     (tmp_path / "crlf.txt").write_bytes(prompt.replace("\n", "\r\n").encode())
     flags = ["--weights", tiny_weights, "--num-blocks", 1]
@@ -423,15 +419,14 @@ def test_weights_of_sequence_length_1_write_and_fill(tmp_path, command):
 def test_a_prompt_longer_than_a_window_is_continued(command):
     prompt = "ROMEO:\n" + 12 * "What light through yonder window breaks?\n"
     process = command(sample.main, "--num-blocks", 1, "--prompt", prompt)
-    assert process.stdout.startswith(prompt) and len(process.stdout) == len(prompt) + 192 + 1
+    assert process.stdout.startswith(prompt) and len(process.stdout) == len(prompt) + 160 + 1
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--num-blocks", 3], ["--num-blocks", 2, "--num-samples", 3], ["--infill", "To be, or ___ be"],
-    ["--infill", "To ___\nor not ____", "--num-samples", 2],
-], ids=["streaming", "several samples", "infilling", "infilling twice"])
-def test_a_terminal_shows_what_a_pipe_gets(arguments, command, screen):
-    """A progress bar must not write over text, nor stand among its lines."""
+    ["--num-blocks", 2, "--num-samples", 2], ["--infill", "To ___\nor not ____"],
+], ids=["streaming", "infilling"])
+def test_a_terminal_shows_the_text_that_a_pipe_gets(arguments, command, screen):
+    """The line on stderr must not stand among the lines of the text, nor write over them."""
     arguments = [*arguments, "--seed", 5]
     piped = command(sample.main, *arguments).stdout
     with screen.shown():
@@ -441,7 +436,7 @@ def test_a_terminal_shows_what_a_pipe_gets(arguments, command, screen):
     assert len(piped) > 16 and "characters in" in shown.removeprefix(piped)
 
 
-def test_a_closed_pipe_ends_quietly(tiny_weights):
+def test_sample_ends_quietly_when_its_pipe_is_closed(tiny_weights):
     process = launch("sample.py", "--weights", tiny_weights, "--block-len", 8, "--lookback", 8,
                      "--num-blocks", 100_000)
     process.stdout.read(1)
@@ -474,11 +469,11 @@ def test_a_closed_pipe_ends_quietly(tiny_weights):
     (["--weights", "."], ["weights file ."]),
     (["--weights", "nowhere.pt"], ["nowhere.pt", "training.py"]),
 ])
-def test_bad_input_to_sample_is_one_line(arguments, words, tiny_weights, command):
+def test_bad_input_to_sample_is_refused_in_one_line(arguments, words, tiny_weights, command):
     assert_one_clear_line(command(sample.main, "--weights", tiny_weights, *arguments), *words)
 
 
-def test_a_block_as_long_as_the_model_needs_no_prompt(tiny_weights, command):
+def test_without_a_prompt_a_block_may_be_as_long_as_the_sequence_length(tiny_weights, command):
     process = command(sample.main, "--weights", tiny_weights, "--block-len", 32, "--num-blocks", 1)
     assert process.returncode == 0 and len(process.stdout) == 32 + 1, process.stderr
 
@@ -498,7 +493,7 @@ def stdin(monkeypatch):
     return feed
 
 
-def test_bad_stdin_is_one_line(tiny_weights, command, stdin):
+def test_bad_stdin_is_refused_in_one_line(tiny_weights, command, stdin):
     stdin(b"caf\xe9 ___")
     process = command(sample.main, "--weights", tiny_weights, "--infill", "-")
     assert_one_clear_line(process, "-", "utf-8", "0xe9", "position 3")
@@ -514,7 +509,7 @@ def test_multibyte_characters_survive_the_edge_of_a_window(tiny_weights, command
     assert process.stdout == text + "\n"
 
 
-def test_what_sample_says_to_a_person_fails_nothing(tiny_weights, command, monkeypatch):
+def test_sample_writes_its_text_when_stderr_cannot_be_written(tiny_weights, command, monkeypatch):
     class Gone(io.StringIO):
         def write(self, text):
             no_space()

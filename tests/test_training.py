@@ -1,4 +1,4 @@
-"""training.py from the outside, in processes of its own with a tiny model, and its Muon."""
+"""Runs of training.py with a tiny model, and the parts of a training step."""
 
 import argparse
 import contextlib
@@ -57,11 +57,11 @@ def assert_same_weights(one, other):
         assert torch.equal(a[name], b[name]), name
 
 
-def test_a_run_learns_logs_and_leaves_measured_weights_alone(whole_run, small_corpus):
+def test_a_run_learns_logs_and_leaves_only_its_weights_with_their_bound(whole_run, small_corpus):
     model, meta = load_weights(whole_run)
-    assert os.listdir(whole_run.parent) == ["w.pt"]  # the state has gone
+    assert os.listdir(whole_run.parent) == ["w.pt"]  # the state was removed at the end
     assert meta["step"] == 18 and meta["characters_seen"] == 18 * 8 * 32 and meta["seed"] == 1337
-    assert meta["val_nelbo"] < 4.5  # log(127) = 4.844 is where an untrained model stands
+    assert meta["val_nelbo"] < 4.5  # an untrained model has log(127) = 4.844
     assert [row["step"] for row in meta["log"]] == [6, 12, 18]
     assert meta["log"][-1]["val_nelbo"] < meta["log"][0]["val_nelbo"]
     measured = script("training.py", "--eval-only", "--weights", whole_run, "--data", small_corpus,
@@ -69,7 +69,9 @@ def test_a_run_learns_logs_and_leaves_measured_weights_alone(whole_run, small_co
     assert f"{whole_run}: validation NELBO {meta['val_nelbo']:.4f}" in measured.stdout
 
 
-def test_what_chooses_the_weights_is_not_learned(small_corpus, tmp_path, command, monkeypatch):
+def test_the_split_that_chooses_the_weights_is_not_learned(
+    small_corpus, tmp_path, command, monkeypatch
+):
     learned, evaluated = [], []
     draw_batch, bound = training.draw_batch, training.nelbo
     monkeypatch.setattr(training, "draw_batch",
@@ -82,9 +84,9 @@ def test_what_chooses_the_weights_is_not_learned(small_corpus, tmp_path, command
     assert process.returncode == 0, process.stderr
     corpus = small_corpus.read_text(encoding="utf-8")
     train, val = corpus[: int(0.9 * len(corpus))], corpus[int(0.9 * len(corpus)) :]
-    held = train[-(len(train) // 10) :]
-    assert set(learned) == {train.removesuffix(held)}
-    assert evaluated == [train.removesuffix(held), held, val, val]
+    held = train[: len(train) // 10]
+    assert set(learned) == {train.removeprefix(held)}
+    assert evaluated == [train.removeprefix(held), held, val, val]
 
 
 def test_training_on_several_processes_is_training_on_one(whole_run, small_corpus, tmp_path):
@@ -94,7 +96,7 @@ def test_training_on_several_processes_is_training_on_one(whole_run, small_corpu
     assert process.returncode == 0, process.stderr
     one, two = (load_weights(path)[0].state_dict() for path in (whole_run, weights))
     for name in one:
-        if multiplies_bf16(torch.device("cpu")):  # rounding moves the zero-initialised ones by 5%
+        if multiplies_bf16(torch.device("cpu")):  # rounding moves what starts at zero by 5%
             assert (two[name] - one[name]).norm() < 0.15 * one[name].norm(), name
         else:
             torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
@@ -103,7 +105,7 @@ def test_training_on_several_processes_is_training_on_one(whole_run, small_corpu
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
-def test_a_process_that_dies_ends_the_run_and_its_last_save_stays(small_corpus, tmp_path):
+def test_a_process_that_dies_ends_the_run_and_the_last_save_stays_whole(small_corpus, tmp_path):
     launcher = launch("training.py", "--data", small_corpus, "--weights", tmp_path / "w.pt",
                       "--steps", 1_000_000, *TINY_RUN, processes=2)
     while not (tmp_path / "w.pt").exists():
@@ -117,7 +119,7 @@ def test_a_process_that_dies_ends_the_run_and_its_last_save_stays(small_corpus, 
 
 
 def started(*arguments):
-    """A run that is told to go on for long, at its first evaluation or after it."""
+    """Starts a run, and returns it when its first evaluation has written weights."""
     run = Training(*arguments)
     weights = Path(str(arguments[3]))
     while not weights.exists():
@@ -128,7 +130,7 @@ def started(*arguments):
 
 @not_windows
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 1)])
-def test_a_stopped_and_resumed_run_ends_with_the_same_weights(
+def test_a_stopped_and_resumed_run_ends_with_the_weights_of_an_unbroken_run(
     signum, whole_run, small_corpus, tmp_path
 ):
     files = ["--data", small_corpus, "--weights", tmp_path / "w.pt"]
@@ -137,13 +139,14 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(
     stopped.wait()
     assert stopped.process.exitcode == 128 + signum and "--resume" in stopped.output
     run = state_of(tmp_path / "w.pt")["run"]
-    assert 6 <= run["step"] < 18 and len(run["log"]) <= run["step"] // 6  # saved unevaluated
+    assert 6 <= run["step"] < 18
+    assert len(run["log"]) <= run["step"] // 6  # a stop saves without an evaluation
     resumed = Training("--weights", tmp_path / "w.pt", "--resume", "--device", "cpu").wait()
     assert resumed.process.exitcode == 0, resumed.output
     assert_same_weights(tmp_path / "w.pt", whole_run)
 
 
-def test_a_run_that_is_stopped_before_its_first_step_is_the_one_that_resumes(
+def test_a_run_that_is_stopped_before_its_first_step_resumes_with_its_settings(
     small_corpus, tmp_path, command, monkeypatch
 ):
     weights = tmp_path / "w.pt"
@@ -161,9 +164,8 @@ def test_a_run_that_is_stopped_before_its_first_step_is_the_one_that_resumes(
 
 
 @not_windows
-def test_a_hangup_that_was_ignored_before_is_ignored(small_corpus, tmp_path, monkeypatch):
-    """As nohup asks for."""
-    monkeypatch.setattr(signal, "signal", signal.signal)
+def test_stop_signals_leave_an_ignored_hangup_ignored():
+    """nohup ignores SIGHUP before it starts a program."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with training.stop_signals() as received:
@@ -175,7 +177,7 @@ def test_a_hangup_that_was_ignored_before_is_ignored(small_corpus, tmp_path, mon
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_in_a_thread_or_a_notebook_leaves_the_signals_alone(small_corpus, tmp_path):
+def test_a_run_in_any_thread_leaves_the_signal_handlers_as_they_were(small_corpus, tmp_path):
     handlers, errors = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], []
 
     def run(name):
@@ -194,8 +196,8 @@ def test_a_run_in_a_thread_or_a_notebook_leaves_the_signals_alone(small_corpus, 
     assert f"--weights {tmp_path}/thread.pt" in load_weights(tmp_path / "thread.pt")[1]["command"]
 
 
-def test_two_runs_at_once_in_one_process_are_two_runs(small_corpus, tmp_path):
-    """As in a web page's threads."""
+def test_runs_in_threads_of_one_process_keep_their_own_settings(small_corpus, tmp_path):
+    """As under a web server that runs each request in a thread."""
     errors = []
 
     def run(name, steps):
@@ -223,7 +225,7 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(whole_run, small_co
     moments = random.Random(0)
 
     def start(eval_interval):
-        if state.exists() and not state.stat().st_size:  # killed between its name and its contents
+        if state.exists() and not state.stat().st_size:  # killed between creation and contents
             state.unlink()
         settings = ["--resume", "--device", "cpu"] if state.exists() else ["--steps", 18, *TINY_RUN]
         return Training(*files, *settings, "--eval-interval", eval_interval)
@@ -252,7 +254,7 @@ def test_only_better_weights_replace_existing_ones(whole_run, small_corpus, tmp_
 
 def test_init_starts_from_weights(whole_run, small_corpus, tmp_path):
     files = ["--data", small_corpus, "--weights", tmp_path / "w.pt"]
-    # The sizes come from the file. It learns next to nothing, and has forgotten nothing
+    # The sizes come from the file. At this learning rate, the bound has to stay that of the file
     further = Training(*files, "--init", whole_run, "--steps", 2, "--learning-rate", 1e-9,
                        *SETTINGS).wait()
     assert further.process.exitcode == 0, further.output
@@ -296,7 +298,7 @@ def test_a_table_beside_the_weights_is_neither_read_nor_written(
 
 @pytest.mark.parametrize("meta", [{"log": "many", "val_nelbo": None, "seconds": "x"}, {3: [1]}],
                          ids=["words for numbers", "other names"])
-def test_what_others_wrote_into_the_meta_does_not_matter(
+def test_weights_with_foreign_meta_can_be_measured_and_trained_on(
     meta, whole_run, small_corpus, tmp_path, command
 ):
     contents = torch.load(whole_run, weights_only=True)
@@ -332,11 +334,12 @@ def test_max_minutes_follows_the_clock(small_corpus, tmp_path):
 
 
 def test_every_time_index_is_trained():
-    """The bell alone never draws t = 1 or 2, and left the first time indices at random."""
+    """The bell alone never draws t = 1 or 2. The embeddings of their time indices would stay
+    random."""
     config = DiffusionConfig(n_layer=1, n_head=1, n_embd=8)
     train, generator = torch.ones(1000, dtype=torch.long), torch.Generator().manual_seed(0)
-    *_, t, _ = training.draw_batch(train, config, 100_000, generator)
-    share = t.bincount(minlength=128) / len(t)
+    *_, index, _ = training.draw_batch(train, config, 100_000, generator)
+    share = index.bincount(minlength=128) / len(index)
     assert (share > 0.25 * training.FLAT_SHARE / 128).all() and share[60:68].mean() > 1.4 / 128
 
 
@@ -355,28 +358,30 @@ def test_muon_matches_torch_optim_muon():
     theirs = list(models[1].blocks.parameters())
     for (name, a), b in zip(models[0].blocks.named_parameters(), theirs, strict=True):
         moved_a, moved_b = a - start[name], b - start[name]
-        assert (moved_a - moved_b).norm() < 0.03 * moved_b.norm(), name  # theirs rounds to bfloat16
+        assert (moved_a - moved_b).norm() < 0.03 * moved_b.norm(), name  # torch's is bfloat16
 
 
-def test_learning_rate_rises_stays_and_falls():
+def test_the_learning_rate_rises_stays_and_decays():
     factors = [training.learning_rate_factor(p, decay=0.4) for p in (0, 0.005, 0.01, 0.5, 0.8, 1)]
     assert factors == pytest.approx([0, 0.5, 1, 1, 0.5, 0])
     assert training.learning_rate_factor(1, decay=0) == 1
 
 
-@pytest.mark.parametrize("arguments, rate, decay", [
+@pytest.mark.parametrize("arguments, learning_rate, decay", [
     ([], 0.005, 1.0),
     (["--steps", "9999"], 0.02, 0.5),
     (["--max-minutes", "20"], 0.02, 0.5),
     (["--learning-rate", "0.01"], 0.01, 1.0),
     (["--max-minutes", "20", "--decay", "1"], 0.02, 1.0),
 ])
-def test_the_default_rate_depends_on_the_length_of_the_run(arguments, rate, decay):
+def test_default_learning_rate_and_decay_depend_on_the_length_of_the_run(
+    arguments, learning_rate, decay
+):
     args = training.parse_arguments(arguments)
-    assert (args.learning_rate, args.decay) == (rate, decay)
+    assert (args.learning_rate, args.decay) == (learning_rate, decay)
     optimizers = training.make_optimizers(random_model(), args.learning_rate)
     peaks = [optimizer.param_groups[0]["peak"] for optimizer in optimizers]
-    assert peaks == pytest.approx([rate, 0.15 * rate])
+    assert peaks == pytest.approx([learning_rate, 0.15 * learning_rate])
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -399,7 +404,9 @@ def test_the_default_rate_depends_on_the_length_of_the_run(arguments, rate, deca
     (["--weights", "w.safetensors"], ["w.safetensors", ".pt"]),
     (["--weights", "w.state.pt"], ["w.state.pt", "not X.state.pt"]),
 ])
-def test_bad_input_to_training_is_one_line(arguments, words, tmp_path, command, monkeypatch):
+def test_bad_input_to_training_is_refused_in_one_line(
+    arguments, words, tmp_path, command, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert_one_clear_line(command(training.main, "--weights", "w.pt", *arguments), *words)
     assert os.listdir(tmp_path) == []
@@ -411,14 +418,14 @@ def test_bad_input_to_training_is_one_line(arguments, words, tmp_path, command, 
     ("caf\u00e9 " * 2000, ["\u00e9", "position 3", "--vocab-size 256"]),
     ("a\0b" * 2000, ["position 1", "MASK"]),
 ])
-def test_bad_corpus_is_one_line(text, words, tmp_path, command):
+def test_a_bad_corpus_is_refused_in_one_line(text, words, tmp_path, command):
     data = tmp_path / "corpus.txt"
     data.write_text(text, encoding="utf-8")
     process = command(training.main, "--data", data, "--weights", tmp_path / "w.pt")
     assert_one_clear_line(process, *words)
 
 
-def test_a_text_is_a_byte_a_character_until_a_batch_is_drawn(
+def test_a_text_is_kept_as_bytes_until_a_batch_is_drawn(
     small_corpus, tmp_path, command, monkeypatch
 ):
     types, draw_batch = [], training.draw_batch
@@ -435,7 +442,7 @@ def test_a_text_is_a_byte_a_character_until_a_batch_is_drawn(
     assert types == [(torch.uint8, torch.int64)]
 
 
-def test_a_batch_that_the_processes_do_not_divide_is_refused(
+def test_a_batch_size_that_is_no_multiple_of_the_processes_is_refused(
     small_corpus, tmp_path, command, monkeypatch
 ):
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost",
@@ -449,7 +456,7 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(
 @pytest.mark.parametrize("environment", [
     {"RANK": "3"}, {"RANK": "0", "WORLD_SIZE": "4"}, {"RANK": "node-1", "WORLD_SIZE": "2"},
 ])
-def test_what_a_platform_sets_starts_no_other_processes(environment, monkeypatch):
+def test_the_rank_variables_of_a_platform_start_no_further_processes(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     args = training.parse_arguments(["--device", "cpu"])
@@ -458,7 +465,7 @@ def test_what_a_platform_sets_starts_no_other_processes(environment, monkeypatch
 
 @pytest.fixture(scope="module")
 def stopped_run(small_corpus, tmp_path_factory):
-    """A run that was stopped: its state is there."""
+    """The weights of a run that was stopped, with its state beside them."""
     weights = tmp_path_factory.mktemp("stopped") / "w.pt"
     run = started("--data", small_corpus, "--weights", weights, "--steps", 1_000_000, *TINY_RUN)
     run.process.terminate()
@@ -472,23 +479,22 @@ def stopped_run(small_corpus, tmp_path_factory):
     ("--batch-size", 64, 8), ("--data", "other.txt", ""),
 ])
 def test_resume_refuses_other_settings_than_the_run_has(flag, value, saved, stopped_run, command):
-    """Also where the value is the parser's own default: --n-layer 6, --batch-size 64."""
+    """--n-layer 6 and --batch-size 64 are the parser's defaults, and refused all the same."""
     process = command(training.main, "--weights", stopped_run, "--resume", flag, value)
     assert_one_clear_line(process, flag, f"{value}", "w.state.pt has", f"{saved}")
 
 
 @not_windows
-@pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_state_that_is_not_whole_resumes_nothing(share, stopped_run, tmp_path, command):
+def test_resume_refuses_a_truncated_state(stopped_run, tmp_path, command):
     state = (stopped_run.parent / "w.state.pt").read_bytes()
-    (tmp_path / "w.state.pt").write_bytes(state[: int(share * len(state))])
+    (tmp_path / "w.state.pt").write_bytes(state[: len(state) // 2])
     before = snapshot(tmp_path)
     process = command(training.main, "--resume", "--weights", tmp_path / "w.pt")
     assert_one_clear_line(process, "w.state.pt")
     assert snapshot(tmp_path) == before
 
 
-def test_weights_under_the_name_of_a_state_resume_nothing(whole_run, tmp_path, command):
+def test_resume_refuses_weights_under_the_name_of_a_state(whole_run, tmp_path, command):
     (tmp_path / "w.state.pt").write_bytes(whole_run.read_bytes())
     process = command(training.main, "--resume", "--weights", tmp_path / "w.pt")
     assert_one_clear_line(process, "w.state.pt", "nothing to resume")
@@ -499,7 +505,7 @@ def test_weights_under_the_name_of_a_state_resume_nothing(whole_run, tmp_path, c
 
 @torch.no_grad()
 def test_distilled_nll_is_the_cross_entropy_to_the_teacher():
-    """By enumeration over characters."""
+    """By enumeration over all characters at all masked positions."""
     teacher, student = random_model(seed=1), random_model(seed=9)
     x_t = partly_masked(1, 32, 0.5, seed=0)
     masked, index = x_t == 0, noise_index(x_t == 0, 128)
@@ -512,7 +518,7 @@ def test_distilled_nll_is_the_cross_entropy_to_the_teacher():
     assert nll.item() == pytest.approx(total / masked.sum().item(), rel=1e-4)
 
 
-def test_the_loss_is_half_the_texts_and_half_the_teachers():
+def test_the_loss_with_a_teacher_is_the_mean_of_text_and_teacher_losses():
     model, teacher, config = random_model(), random_model(seed=1), random_model().config
     text = torch.randint(1, 128, (500,), dtype=torch.uint8)
     batch = training.draw_batch(text, config, 4, torch.Generator().manual_seed(0))
@@ -525,12 +531,18 @@ def test_the_loss_is_half_the_texts_and_half_the_teachers():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_student_learns_from_teachers_in_turn(whole_run, small_corpus, tmp_path, command):
+def test_a_student_learns_from_two_teachers_in_turn_and_refuses_one_of_another_vocabulary(
+    whole_run, small_corpus, tmp_path, command, monkeypatch
+):
+    asked, batch_loss = [], training.batch_loss
+    monkeypatch.setattr(training, "batch_loss", lambda network, batch, teacher:
+                        asked.append(teacher) or batch_loss(network, batch, teacher))
     arguments = ["--data", small_corpus, "--weights", tmp_path / "w.pt", "--teachers", whole_run,
                  whole_run, "--steps", 12, *TINY_RUN]
     process = command(training.main, *arguments)
     assert process.returncode == 0, process.stderr
     assert "lr 0" not in process.stderr  # no progress bar where there is no terminal
+    assert len(asked) == 12 and len(set(asked)) == 2 and asked[2:] == asked[:-2]
     first, last = load_weights(tmp_path / "w.pt")[1]["log"]
     assert last["val_nelbo"] < first["val_nelbo"]
     process = command(training.main, *arguments[:2], "--weights", tmp_path / "v.pt",
@@ -538,7 +550,7 @@ def test_a_student_learns_from_teachers_in_turn(whole_run, small_corpus, tmp_pat
     assert_one_clear_line(process, "--teachers", "diffusion_model.pt", "vocabulary")
 
 
-def test_further_texts_are_learned_but_do_not_validate(
+def test_further_texts_are_used_for_training_only(
     small_corpus, tmp_path, command, monkeypatch
 ):
     more = "a rolling stone gathers no moss\n" * 12
@@ -568,7 +580,7 @@ def snapshot(folder):
 
 
 def test_a_save_that_fails_is_tried_again(small_corpus, tmp_path, command, monkeypatch):
-    save, failures = torch.save, [1, 1, 0, 0, 1, 0]  # the first is the state at step 0
+    save, failures = torch.save, [1, 1, 0, 0, 1, 0]  # of saves in turn, first the state at step 0
 
     def fail_twice(*arguments):
         if failures and failures.pop(0):
@@ -584,7 +596,7 @@ def test_a_save_that_fails_is_tried_again(small_corpus, tmp_path, command, monke
     assert os.listdir(tmp_path) == ["w.pt"]
 
 
-def test_a_reader_of_the_log_that_goes_away_ends_no_run(small_corpus, tmp_path):
+def test_a_run_goes_on_when_the_reader_of_its_log_goes_away(small_corpus, tmp_path):
     process = launch("training.py", "--data", small_corpus, "--weights", tmp_path / "w.pt",
                      "--steps", 12, *TINY_RUN)
     process.stderr.close()
@@ -594,7 +606,7 @@ def test_a_reader_of_the_log_that_goes_away_ends_no_run(small_corpus, tmp_path):
 
 @pytest.mark.parametrize("number, terminal", [(errno.ENOSPC, False), (errno.EIO, True)],
                          ids=["full disk", "closed terminal"])
-def test_a_log_that_cannot_be_written_ends_no_run(
+def test_a_run_goes_on_when_its_log_cannot_be_written(
     number, terminal, small_corpus, tmp_path, command, monkeypatch
 ):
     class Gone(io.StringIO):
@@ -615,7 +627,7 @@ def test_a_log_that_cannot_be_written_ends_no_run(
     (["--vocab-size", 256], ["vocab_size 128", "256"]),
     (["--data", "other.txt"], ["another text"]),
 ])
-def test_weights_that_cannot_be_compared_are_never_replaced(
+def test_weights_of_another_text_or_vocabulary_are_never_replaced(
     change, words, whole_run, small_corpus, tmp_path, command, monkeypatch
 ):
     (tmp_path / "w.pt").write_bytes(whole_run.read_bytes())
@@ -641,7 +653,7 @@ def test_no_file_of_a_run_overwrites_its_text(data, weights, tmp_path, command, 
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.state.pt"])
-def test_a_file_that_no_run_has_written_stays(name, small_corpus, tmp_path, command):
+def test_foreign_files_are_never_overwritten(name, small_corpus, tmp_path, command):
     (tmp_path / name).write_text("name,age\nBob,3\n", encoding="utf-8")
     before = snapshot(tmp_path)
     process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
@@ -650,7 +662,7 @@ def test_a_file_that_no_run_has_written_stays(name, small_corpus, tmp_path, comm
     assert snapshot(tmp_path) == before
 
 
-def test_a_folder_is_refused_before_the_work(small_corpus, tmp_path, command):
+def test_a_folder_is_refused_before_the_run_starts(small_corpus, tmp_path, command):
     (tmp_path / "w.pt").mkdir()
     process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
                       *TINY_RUN)
@@ -667,7 +679,7 @@ def test_a_run_writes_through_a_link(small_corpus, tmp_path, command):
     assert (tmp_path / "link.pt").is_symlink() and load_weights(tmp_path / "target.pt")
 
 
-def test_of_several_runs_that_start_at_once_one_has_the_files(tmp_path):
+def test_only_one_of_several_runs_that_start_at_once_claims_the_files(tmp_path):
     args = argparse.Namespace(weights=tmp_path / "w.pt", resume=False)
     together, refusals = threading.Barrier(8), []
 
@@ -694,13 +706,14 @@ def test_a_second_run_on_the_same_files_is_refused(stopped_run, small_corpus, co
     assert snapshot(stopped_run.parent) == before
 
 
-def test_dotted_names_have_files_of_their_own():
+def test_weights_with_dots_in_their_names_have_states_of_their_own():
     assert training.state_beside(Path("run0.01.pt")) != training.state_beside(Path("run0.03.pt"))
     assert training.state_beside(Path("a/w.pt")) == Path("a/w.state.pt")
 
 
-def test_a_disk_that_is_really_full_ends_no_run(small_corpus, tmp_path, command):
-    """torch.save turns the OSError of a file into a RuntimeError."""
+def test_a_run_goes_on_when_the_disk_is_too_full_for_its_state(small_corpus, tmp_path, command):
+    """A limit on the size of files stands in for the disk. torch.save turns the OSError of the file
+    into a RuntimeError."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, before[1]))  # the state is larger
@@ -713,7 +726,7 @@ def test_a_disk_that_is_really_full_ends_no_run(small_corpus, tmp_path, command)
     assert process.stderr.count("not saved") == 2
 
 
-def test_weights_that_were_never_written_were_not_better(
+def test_a_run_that_never_wrote_its_weights_ends_with_an_error(
     small_corpus, tmp_path, command, monkeypatch
 ):
     monkeypatch.setattr(torch, "save", no_space)
@@ -722,14 +735,13 @@ def test_weights_that_were_never_written_were_not_better(
     assert "was better" not in process.stdout and process.returncode != 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_stopped_while_it_measures_the_mark_leaves_no_empty_state(
-    number, whole_run, small_corpus, tmp_path, command, monkeypatch
+def test_a_run_that_is_stopped_while_it_measures_old_weights_leaves_no_empty_state(
+    whole_run, small_corpus, tmp_path, command, monkeypatch
 ):
     (tmp_path / "w.pt").write_bytes(whole_run.read_bytes())
 
     def stop(*_, **__):
-        raise KeyboardInterrupt  # what SIGINT does; SIGTERM ends the process
+        raise KeyboardInterrupt  # as SIGINT does at this point; SIGTERM would end the process
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "nelbo", stop)
@@ -738,7 +750,9 @@ def test_a_run_that_is_stopped_while_it_measures_the_mark_leaves_no_empty_state(
     assert not state.exists() or state.stat().st_size
 
 
-def test_the_end_of_a_run_is_saved_before_it_is_shown(small_corpus, tmp_path, command, monkeypatch):
+def test_a_run_saves_its_last_weights_before_it_prints_their_bound(
+    small_corpus, tmp_path, command, monkeypatch
+):
     class Gone(io.StringIO):
         def write(self, text):
             no_space()
@@ -749,7 +763,9 @@ def test_the_end_of_a_run_is_saved_before_it_is_shown(small_corpus, tmp_path, co
     assert os.listdir(tmp_path) == ["w.pt"]
 
 
-def test_init_of_an_absurd_size_is_one_line(whole_run, small_corpus, tmp_path, command):
+def test_init_from_weights_of_an_absurd_size_is_refused_in_one_line(
+    whole_run, small_corpus, tmp_path, command
+):
     contents = torch.load(whole_run, weights_only=True)
     contents["config"]["n_embd"] = 2**30
     torch.save(contents, tmp_path / "huge.pt")
@@ -759,7 +775,7 @@ def test_init_of_an_absurd_size_is_one_line(whole_run, small_corpus, tmp_path, c
 
 
 def test_a_resumed_run_does_not_replace_the_weights_of_another_text(
-    stopped_run, tmp_path, command, whole_run
+    stopped_run, tmp_path, command
 ):
     state = torch.load(stopped_run.parent / "w.state.pt", weights_only=True)
     state["args"]["steps"] = state["run"]["step"] + 30
@@ -767,7 +783,8 @@ def test_a_resumed_run_does_not_replace_the_weights_of_another_text(
     torch.save(state, tmp_path / "w.state.pt")
     save_weights(random_model(), {"corpus_sha256": "another"}, tmp_path / "w.pt")
     before = (tmp_path / "w.pt").read_bytes()
-    command(training.main, "--resume", "--weights", tmp_path / "w.pt", "--device", "cpu")
+    process = command(training.main, "--resume", "--weights", tmp_path / "w.pt", "--device", "cpu")
+    assert_one_clear_line(process, "another text")
     assert (tmp_path / "w.pt").read_bytes() == before
 
 
@@ -778,9 +795,10 @@ def test_a_file_and_a_link_to_it_have_one_state(tmp_path):
 
 
 @pytest.mark.parametrize("main", [sample.main, training.main])
-def test_a_closed_stderr_changes_nothing(main, tiny_weights, small_corpus, tmp_path, command,
-                                         monkeypatch):
-    """`2>&-`, cron, pythonw: sys.stderr is None."""
+def test_sample_and_training_work_with_a_closed_stderr(
+    main, tiny_weights, small_corpus, tmp_path, command, monkeypatch
+):
+    """After `2>&-`, or under pythonw, sys.stderr is None."""
     monkeypatch.setattr(sys, "stderr", None)
     files = ["--weights", tiny_weights, "--num-blocks", 1] if main is sample.main else [
         "--data", small_corpus, "--weights", tmp_path / "w.pt", "--steps", 6, *TINY_RUN]
@@ -789,7 +807,9 @@ def test_a_closed_stderr_changes_nothing(main, tiny_weights, small_corpus, tmp_p
     assert "training on" not in process.stdout
 
 
-def test_advice_can_be_pasted(small_corpus, tmp_path, command, monkeypatch):
+def test_the_resume_command_that_a_stopped_run_prints_quotes_its_path(
+    small_corpus, tmp_path, command, monkeypatch
+):
     weights = tmp_path / "my run.pt"
     monkeypatch.setattr(training, "stop_signals", lambda: contextlib.nullcontext([15]))
     stopped = command(training.main, "--data", small_corpus, "--weights", weights, "--steps", 2,
