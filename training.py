@@ -23,10 +23,9 @@ import platform
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
@@ -254,12 +253,10 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if args.batch_size % world:
         raise BadInput(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
-    device = args.device
-    if device in ("auto", "cuda") and torch.cuda.is_available():
+    if cuda := args.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(local)  # first, or every process opens a context on GPU 0
-    elif device == "auto":
-        device = "cpu"  # MPS can't exchange gradients
-    device = pick_device(device)
+    # MPS, which "auto" may find, can't exchange gradients
+    device = pick_device("cpu" if args.device == "auto" and not cuda else args.device)
     # The others wait while the leader evaluates, so the limit is generous; a process that dies
     # closes its connections and is noticed at once
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -281,11 +278,11 @@ def stop_signals() -> Iterator[list[int]]:
     """Inside, SIGINT, SIGTERM and SIGHUP only add their number to the list, unless they were
     ignored before (nohup). Python lets no thread but the main one do that."""
     received, before = [], {}
-    if threading.current_thread() is threading.main_thread():
-        known = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-        before = {s: signal.getsignal(s) for s in known if signal.getsignal(s) != signal.SIG_IGN}
-    for signum in before:
-        signal.signal(signum, lambda number, frame: received.append(number))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signum = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+        if signum not in before and signal.getsignal(signum) != signal.SIG_IGN:
+            with suppress(ValueError):  # in another thread
+                before[signum] = signal.signal(signum, lambda n, frame: received.append(n))
     try:
         yield received
     finally:
