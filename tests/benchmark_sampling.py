@@ -2,7 +2,7 @@
 
     uv run tests/benchmark_sampling.py                       # every rule, about two minutes a row
     uv run tests/benchmark_sampling.py --only dilated --csv rows.csv
-    uv run tests/benchmark_sampling.py --speed               # beside a plain loop and the GPT twin
+    uv run tests/benchmark_sampling.py --speed               # beside a naive loop and the GPT twin
     uv run tests/benchmark_sampling.py --csv tests/frontier.csv --plot tests/frontier.png --only no
 
 A row is the mean, and its standard error, over seeds of 26 texts of 800 characters, which begin
@@ -343,7 +343,7 @@ def plot(rows_file: Path, picture: Path) -> None:
 
 
 @torch.no_grad()
-def plain_loop(model, context: str, length: int = 240, tau: float = 0.9) -> str:
+def naive_loop(model, context: str, length: int = 240, tau: float = 0.9) -> str:
     """What one writes first: float32, the whole window at every step, argmax, Python loops."""
     ids = list(context.encode()) + [0] * length
     device = next(model.parameters()).device
@@ -376,7 +376,7 @@ def sampler(model, context: str, seed: int, num_samples: int) -> str:
 def speed(args, model, twin, float32_model, val):
     """Every way in turn, so that a slow spell of the machine hits all of them."""
     context = decode_tokens(val[:16])
-    ways = {"plain loop": lambda seed: plain_loop(float32_model, context)}
+    ways = {"naive loop": lambda seed: naive_loop(float32_model, context)}
     if twin:
         ways["GPT twin, cached"] = partial(causal_loop, twin, context)
     for num_samples, name in ((1, "sample.py"), (8, "sample.py, 8 samples")):
@@ -387,7 +387,7 @@ def speed(args, model, twin, float32_model, val):
             started = time.perf_counter()
             rates[name].append(len(way(seed)) / (time.perf_counter() - started))
     for name, values in rates.items():
-        ratio = np.median(np.array(values) / np.array(rates["plain loop"]))
+        ratio = np.median(np.array(values) / np.array(rates["naive loop"]))
         print(f"{name:22} {np.median(values):7.0f} characters per second   {ratio:5.1f} x")
 
 
