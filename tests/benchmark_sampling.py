@@ -219,9 +219,11 @@ ROWS = {
     "the default, 13 turns, stride 6 and blocks of 192": replace(
         DEFAULT, rule=partial(dilated, turns=13), stride=6, block_len=192
     ),
-    "dilated, 32 turns": replace(DEFAULT, rule=partial(dilated, turns=32)),
-    "dilated, 32 turns, T 0.9": replace(DEFAULT, rule=partial(dilated, turns=32), temperature=0.9),
-    "dilated, 9 turns, T 0.9, blocks of 128": replace(
+    "the default, 32 turns": replace(DEFAULT, rule=partial(dilated, turns=32)),
+    "the default, 32 turns, T 0.9": replace(
+        DEFAULT, rule=partial(dilated, turns=32), temperature=0.9
+    ),
+    "the default, 9 turns, T 0.9, blocks of 128": replace(
         SWEPT, rule=partial(dilated, turns=9), temperature=0.9
     ),
     "left to right, T 0.8": replace(PLAIN, rule=left_to_right, temperature=0.8),
@@ -323,7 +325,8 @@ def plot(rows_file: Path, picture: Path) -> None:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(8, 5), dpi=110, layout="tight")
     axes = figure.subplots()
-    for row in rows:
+    for i, row in enumerate(rows):
+        below = -9 if i % 2 else 3  # neighbours' names on either side
         calls, divergence, error = (float(row[key]) for key in ("calls", "JSD-3", "JSD-3 error"))
         if calls:
             # Neighbours of the default, and one of many trials, stay without a name
@@ -331,13 +334,17 @@ def plot(rows_file: Path, picture: Path) -> None:
             colour, right = "#bbb" if trial else "#222", calls > 150
             axes.errorbar(calls, divergence, error, fmt="o", ms=3, color=colour)
             axes.annotate("" if trial else row["row"], (calls, divergence), fontsize=7,
-                          xytext=(-5 if right else 5, 3), textcoords="offset points",
+                          xytext=(-5 if right else 5, below), textcoords="offset points",
                           ha="right" if right else "left")
         else:
             axes.axhline(divergence, lw=0.8, color="#d98c00")
-            axes.annotate(row["row"], (26, divergence), fontsize=7, color="#d98c00")
-    axes.set(xscale="log", xlabel="network calls per 240 characters", ylabel="JSD-3, nats")
+            axes.annotate(row["row"], (70, divergence), fontsize=7, color="#d98c00",
+                          xytext=(0, below), textcoords="offset points")
+    axes.set(xscale="log", xlabel="network calls per 240 characters")
+    axes.set(yscale="log", ylabel="JSD-3, nats")
     axes.set_xticks([30, 60, 120, 240], ["30", "60", "120", "240"], minor=False)
+    ticks = ["0.05", "0.06", "0.08", "0.1", "0.15", "0.2"]
+    axes.set_yticks([float(tick) for tick in ticks], ticks)
     axes.minorticks_off()
     figure.savefig(picture)
 
