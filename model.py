@@ -426,7 +426,7 @@ def pick_device(name: str) -> torch.device:
         try:
             (torch.ones(1, device=candidate) + 1).item()
             return torch.device(candidate)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             why = str(error).splitlines()[0]
             if name != "auto":
                 raise BadInput(f"--device {name} can't be used ({why}); there are auto, cpu, cuda "

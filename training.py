@@ -328,10 +328,13 @@ def claim_files(args: argparse.Namespace, config, sha256: str, val, device, run:
         model, meta = load_weights(weights, device)
         about = meta.get("corpus_sha256", sha256), model.config.vocab_size
         if about != (sha256, config.vocab_size):
-            raise BadInput(f"{weights} learned another text, or its vocab_size {about[1]} is not "
-                           f"{config.vocab_size}; choose another --weights")
+            which = f"vocab_size {about[1]}, not {config.vocab_size}"
+            which = which if about[0] == sha256 else "another text"
+            raise BadInput(f"{weights} learned {which}; choose another --weights")
         if not args.resume:
             run["mark"] = nelbo(model, val, **QUICK)[0]
+    else:
+        run["best"] = math.inf  # a resumed run's weights have gone
     try:
         weights.parent.mkdir(parents=True, exist_ok=True)
         state.touch(exist_ok=args.resume)
@@ -483,8 +486,7 @@ def train(args: argparse.Namespace, command: str) -> int:
     spread = LATE_SPREAD if args.init else SPREAD
     interval = args.eval_interval or (1000 if device.type == "cuda" else 250)
     splits = {"train": train_split, "held": held, "val": val}
-    first_step = run["step"]
-    bar = tqdm(total=None if args.max_minutes else args.steps, initial=first_step, unit="step",
+    bar = tqdm(total=None if args.max_minutes else args.steps, initial=run["step"], unit="step",
                disable=None if leader else True)  # None: silent unless stderr is a terminal
     with stop_signals() as received, bar:
         while True:
@@ -499,7 +501,8 @@ def train(args: argparse.Namespace, command: str) -> int:
 
             # Evaluate and save; a run that is told to stop saves only, as it may not be given long
             due = finished or signum or run["step"] % interval == 0
-            if leader and due and run["step"] > first_step:
+            evaluated = run["log"][-1]["step"] if run["log"] else 0
+            if leader and due and run["step"] > evaluated:
                 if finished or not signum:
                     evaluate(args, about, model, run, splits)
                 saved(save)

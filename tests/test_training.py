@@ -788,6 +788,16 @@ def test_a_resumed_run_does_not_replace_the_weights_of_another_text(
     assert (tmp_path / "w.pt").read_bytes() == before
 
 
+def test_a_run_that_is_resumed_at_its_end_evaluates_its_last_step(stopped_run, tmp_path, command):
+    """By the clock, compilation alone may use up the time that was left."""
+    state = torch.load(stopped_run.parent / "w.state.pt", weights_only=True)
+    state["args"]["steps"], state["run"]["log"] = state["run"]["step"], []
+    torch.save(state, tmp_path / "w.state.pt")
+    process = command(training.main, "--resume", "--weights", tmp_path / "w.pt", "--device", "cpu")
+    assert process.returncode == 0, process.stderr
+    assert load_weights(tmp_path / "w.pt")[1]["step"] == state["run"]["step"]
+
+
 def test_a_file_and_a_link_to_it_have_one_state(tmp_path):
     (tmp_path / "link.pt").symlink_to("w.pt")
     one, other = (training.state_beside(tmp_path / name) for name in ("link.pt", "w.pt"))
