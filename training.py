@@ -328,9 +328,9 @@ def claim_files(args: argparse.Namespace, config, sha256: str, val, device, run:
         model, meta = load_weights(weights, device)
         about = meta.get("corpus_sha256", sha256), model.config.vocab_size
         if about != (sha256, config.vocab_size):
-            which = f"vocab_size {about[1]}, not {config.vocab_size}"
-            which = which if about[0] == sha256 else "another text"
-            raise BadInput(f"{weights} learned {which}; choose another --weights")
+            other = ("another text" if about[0] != sha256 else
+                     f"vocab_size {about[1]}, not {config.vocab_size}")
+            raise BadInput(f"{weights} learned {other}; choose another --weights")
         if not args.resume:
             run["mark"] = nelbo(model, val, **QUICK)[0]
     else:
