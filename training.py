@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, it would keep the group's threads alive
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -517,8 +518,8 @@ def train(args: argparse.Namespace, command: str) -> int:
             teacher = teachers[run["step"] % len(teachers)] if teachers else None
 
             # Forward, loss, backward, update
-            loss = batch_loss(network, batch, teacher)
-            (loss * world).backward()  # DDP takes the mean over processes, the weights want the sum
+            loss = batch_loss(network, batch, teacher) * world  # DDP takes the processes' mean
+            loss.backward()
             factor = learning_rate_factor(progress, args.decay)
             update(model, optimizers, factor)
             if not math.isfinite(loss.item()):

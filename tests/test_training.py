@@ -21,7 +21,7 @@ from conftest import (
 import sample
 import training
 from model import (
-    DEFAULT_WEIGHTS, DiffusionConfig, autocast, decode_tokens, load_corpus, load_weights,
+    DEFAULT_WEIGHTS, ROOT, DiffusionConfig, autocast, decode_tokens, load_corpus, load_weights,
     multiplies_bf16, nelbo, noise_index, save_weights,
 )
 
@@ -102,6 +102,20 @@ def test_training_on_several_processes_is_training_on_one(whole_run, small_corpu
             torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
     assert process.stdout.count("validation NELBO") == 1  # only the leader speaks
     assert process.stderr.count("training on 2 x cpu") == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the threads in /proc")
+def test_the_threads_of_several_processes_end_with_the_run(small_corpus, tmp_path):
+    """One that lives on while Python shuts down aborts its process now and then."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, sys\nimport training\ntraining.main(sys.argv[1:])\n"
+        "for thread in pathlib.Path('/proc/self/task').iterdir():\n"
+        "    print('thread', (thread / 'comm').read_text().strip())\n", encoding="utf-8")
+    process = script(program, "--data", small_corpus, "--weights", tmp_path / "w.pt", "--steps", 1,
+                     *TINY_RUN, processes=2, env={"PYTHONPATH": str(ROOT)})
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("thread") >= 2 and "gloo" not in process.stdout
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
