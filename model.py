@@ -284,7 +284,7 @@ def encode_text(text: str, config: DiffusionConfig) -> torch.Tensor:
     if refused.any():
         position = len(raw[: int(refused.int().argmax())].decode("utf-8", "surrogateescape"))
         raise BadInput(f"character {text[position]!r} at position {position} is [MASK] or no byte "
-                       f"below {config.vocab_size} (a model of --vocab-size 256 reads all)")
+                       f"below {config.vocab_size}; a --vocab-size of 256 admits every other one")
     return ids
 
 

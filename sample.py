@@ -11,6 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin
 
 import argparse
 import codecs
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -118,12 +119,14 @@ def uniform(x, generator):
     return torch.rand(x.shape, generator=generator).to(x.device)
 
 
-def draw(log_p, temperature: float, generator):
+def draw(log_p, temperature: float, generator, min_p: float = 0.0):
     """One character id per position, (B, T), from log_p (B, T, V), by inverting the distribution
-    function. Temperature 0 takes the likeliest."""
+    function. Temperature 0 takes the likeliest. A character less than min_p times as likely as the
+    likeliest is never drawn (min-p, arXiv 2407.01082)."""
     if temperature == 0:
         return log_p.argmax(-1)
     log_p = log_p - log_p.amax(-1, keepdim=True)                    # no overflow when divided
+    log_p = log_p.masked_fill(log_p.exp() < min_p, -math.inf)
     cdf = (log_p / max(temperature, 1e-6)).softmax(-1).cumsum(-1)   # (B, T, V)
     u = uniform(log_p[..., 0], generator)[..., None] * cdf[..., -1:]
     # The first character whose cdf exceeds u; without the last entry, rounding can't leave V - 1
@@ -131,14 +134,14 @@ def draw(log_p, temperature: float, generator):
 
 
 @torch.inference_mode()
-def denoise(model, x, rule: Rule, temperature: float, generator) -> Iterator[torch.Tensor]:
+def denoise(model, x, rule: Rule, temperature, generator, min_p=0.0) -> Iterator[torch.Tensor]:
     """The one denoising loop. Fills x (B, T), which holds mask_token_id wherever a character is
     wanted; the rest stays. Yields x after every network call; the last one has nothing masked."""
     mask_token_id, S = model.config.mask_token_id, model.config.diffusion_steps
     unmask_time = uniform(x, generator)                             # (B, T)
     while (masked := x == mask_token_id).any():                     # (B, T)
         log_p = model(x, noise_index(masked, S))                    # (B, T, V)
-        chosen = draw(log_p, temperature, generator)                # (B, T)
+        chosen = draw(log_p, temperature, generator, min_p)         # (B, T)
         unmask = rule(Proposal(log_p, chosen, masked, unmask_time)) # (B, T)
         x = torch.where(unmask & masked, chosen, x)
         yield x
@@ -152,9 +155,9 @@ class SamplerConfig:
     """How text is made. The defaults are what tests/benchmark_sampling.py found best."""
 
     rule: Rule = dilated
-    temperature: float = 0.95       # of the draft
+    temperature: float = 0.92
     sweeps: int = 2                 # how often the correction redraws every new character
-    sweep_temperature: float = 0.3
+    sweep_min_p: float = 0.4        # the correction's min_p; 1 takes the likeliest
     stride: int = 5                 # each correction call remasks every stride-th character
     block_len: int = 160            # new characters at a time
     lookback: int = 32              # characters that a block sees before it
@@ -167,15 +170,15 @@ def draft_and_correct(model, x, region, config: SamplerConfig, generator):
     Characters unmasked in the same call are sampled independently of one another. So every
     stride-th character of the region is masked again and drawn anew given all the others, each in
     its turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that visits every
-    character equally often. At a low temperature it climbs to a likelier text close by. The draft
-    brings the variety, the corrector the spelling."""
+    character equally often. It mends the spelling, as it never draws what is far less likely than
+    the likeliest. But it draws: always the likeliest would turn question marks into full stops."""
     turn = region.cumsum(1) % config.stride
     for x in denoise(model, x, config.rule, config.temperature, generator):
         yield x
     for phase in range(config.sweeps * config.stride):
         remask = region & (turn == phase % config.stride)
         x_t = x.masked_fill(remask, model.config.mask_token_id)
-        for x in denoise(model, x_t, everything, config.sweep_temperature, generator):
+        for x in denoise(model, x_t, everything, config.temperature, generator, config.sweep_min_p):
             yield x
 
 
@@ -229,11 +232,11 @@ def add_sampler_arguments(parser: CommandLine) -> None:
     add("--tau", type=number(float, 0, 1), help="threshold: least confidence (default: 0.9)")
     add("--steps", type=COUNT, help="ancestral: levels of the reverse process (default: 128)")
     add("--temperature", type=TEMPERATURE, default=default.temperature,
-        help="temperature of the draft; 0 always takes the likeliest character")
+        help="of every draw; 0 always takes the likeliest character")
     add("--sweeps", type=number(int, 0), help="how often the correction redraws every new "
         f"character (default: {default.sweeps}; left-to-right: 0)")
-    add("--sweep-temperature", type=TEMPERATURE, default=default.sweep_temperature,
-        help="temperature of the correction sweeps")
+    add("--sweep-min-p", type=number(float, 0, 1), default=default.sweep_min_p, help="the sweeps "
+        "draw no character less likely than this share of the likeliest; 1 takes the likeliest")
     add("--stride", type=COUNT, default=default.stride,
         help="each correction call remasks every stride-th character")
     add("--block-len", type=COUNT, help="characters per block (default: 160, or three quarters "
@@ -260,7 +263,7 @@ def sampler_config(args: argparse.Namespace, T: int) -> SamplerConfig:
     if block_len + lookback > T:
         both = f" and --lookback {lookback} together" if lookback else ""
         raise BadInput(f"--block-len {block_len}{both} exceed the model's sequence length, {T}")
-    return SamplerConfig(rule, args.temperature, sweeps, args.sweep_temperature, args.stride,
+    return SamplerConfig(rule, args.temperature, sweeps, args.sweep_min_p, args.stride,
                          block_len, lookback)
 
 
@@ -330,8 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - started
     warn(f"{n_written} characters in {seconds:.1f} s, {n_written / seconds:.0f} a second")
     if sys.stderr.isatty():
-        warn('try --prompt "ROMEO:", --infill "To be, or ___", or --turns 40, which makes more '
-             "network calls and writes a little better")
+        warn('try --prompt "ROMEO:", --infill "To be, or ___" or --turns 32 (slower, truer)')
 
 
 if __name__ == "__main__":

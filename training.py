@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
@@ -277,13 +277,11 @@ def agree(progress: float, signum: int, device: torch.device) -> tuple[float, in
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Inside, SIGINT, SIGTERM and SIGHUP only add their number to the list, unless they were
-    ignored before (nohup). Python lets no thread but the main one do that."""
-    received, before = [], {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signum = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
-        if signum not in before and signal.getsignal(signum) != signal.SIG_IGN:
-            with suppress(ValueError):  # in another thread
-                before[signum] = signal.signal(signum, lambda n, frame: received.append(n))
+    ignored before (nohup)."""
+    received = []
+    stops = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows
+    before = {signum: signal.signal(signum, lambda n, frame: received.append(n))
+              for signum in stops if signal.getsignal(signum) != signal.SIG_IGN}
     try:
         yield received
     finally:
@@ -327,11 +325,11 @@ def claim_files(args: argparse.Namespace, config, sha256: str, val, device, run:
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
     if weights.exists():
         model, meta = load_weights(weights, device)
-        about = meta.get("corpus_sha256", sha256), model.config.vocab_size
-        if about != (sha256, config.vocab_size):
-            other = ("another text" if about[0] != sha256 else
-                     f"vocab_size {about[1]}, not {config.vocab_size}")
-            raise BadInput(f"{weights} learned {other}; choose another --weights")
+        if meta.get("corpus_sha256", sha256) != sha256:
+            raise BadInput(f"{weights} learned another text; choose another --weights")
+        if model.config.vocab_size != config.vocab_size:
+            raise BadInput(f"{weights} has vocab_size {model.config.vocab_size}, not "
+                           f"{config.vocab_size}; choose another --weights")
         if not args.resume:
             run["mark"] = nelbo(model, val, **QUICK)[0]
     else:
@@ -454,11 +452,10 @@ def train(args: argparse.Namespace, command: str) -> int:
     # Model, optimizers, files
     model, optimizers, generator, run = start_run(args, config, texts, device)
     teachers = [load_weights(path, device)[0] for path in args.teachers]
-    sizes = [(c.sequence_len, c.vocab_size, c.diffusion_steps) for c in
-             (config, *(teacher.config for teacher in teachers))]
-    if len(set(sizes)) > 1:
-        raise BadInput(f"--teachers {args.teachers}: not all of them have the model's vocabulary, "
-                       "noise levels and sequence length")
+    for path, teacher in zip(args.teachers, teachers, strict=True):
+        for size in ("sequence_len", "vocab_size", "mask_token_id", "diffusion_steps"):
+            if (found := getattr(teacher.config, size)) != (wanted := getattr(config, size)):
+                raise BadInput(f"--teachers {path}: has {size} {found}, not {wanted}")
     about = {
         "texts": texts, "corpus_sha256": sha256, "seed": args.seed, "command": command,
         "torch": str(torch.__version__), "device": device.type, "hardware": f"{world} x "

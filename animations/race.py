@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompt", default="", help="text that both continue")
     add("--temperature", type=TEMPERATURE, default=0.8, help="of the left-to-right text")
     add("--parallel-temperature", type=TEMPERATURE, default=SamplerConfig.temperature,
-        help="of the draft in parallel")
+        help="of the text in parallel")
     show(scenes, parser.parse_args(argv), title="Left to right against in parallel", candidates=3,
          most=16)
 

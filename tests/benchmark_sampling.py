@@ -9,7 +9,7 @@ A row is the mean, and its standard error, over seeds of 26 texts of 800 charact
 behind two line ends that nobody sees. Columns:
 
     calls     network calls per 240 characters, the mean over texts
-    turns     speakers per 1,000 characters: a blank line, a name, a colon
+    speakers  per 1,000 characters: a blank line, a name, a colon
     ?!        question and exclamation marks per 1,000 characters
     line      mean length of the lines that are not empty
     JSD-3     Jensen-Shannon divergence, in nats, of the 3-grams of a seed's 20,800 characters from
@@ -136,8 +136,8 @@ class Judge:
         known = [word in self.vocabulary for text in texts for word in words(text)]
         per_thousand = 1000 / sum(map(len, texts))
         return {
-            "turns": per_thousand * sum(len(re.findall(r"\n\n[A-Z][A-Za-z ']+:\n", text))
-                                        for text in texts),
+            "speakers": per_thousand * sum(len(re.findall(r"\n\n[A-Z][A-Za-z ']+:\n", text))
+                                           for text in texts),
             "?!": per_thousand * sum(text.count("?") + text.count("!") for text in texts),
             "line": np.mean([len(line) for line in lines]),
             "JSD-3": jensen_shannon(np.concatenate([codes(ids[2:], 3) for ids in whole]),
@@ -209,22 +209,17 @@ def random_order(proposal, k):
 
 DEFAULT = SamplerConfig()
 PLAIN = SamplerConfig(temperature=1.0, sweeps=0, block_len=128)  # what other rules are tried with
-SWEPT = replace(PLAIN, sweeps=2, sweep_temperature=0.0, stride=4)
+SWEPT = replace(PLAIN, sweeps=2, sweep_min_p=1.0, stride=4)
 ROWS = {
     "the default": DEFAULT,
     "the default, T 1": replace(DEFAULT, temperature=1.0),
-    "the default, 13 turns and stride 4": replace(
-        DEFAULT, rule=partial(dilated, turns=13), stride=4
-    ),
-    "the default, 13 turns, stride 6 and blocks of 192": replace(
+    "the default, sweeps that take the likeliest": replace(DEFAULT, sweep_min_p=1.0),
+    "the default, 13 turns, stride 6, blocks of 192": replace(
         DEFAULT, rule=partial(dilated, turns=13), stride=6, block_len=192
     ),
     "the default, 32 turns": replace(DEFAULT, rule=partial(dilated, turns=32)),
-    "the default, 32 turns, T 0.9": replace(
-        DEFAULT, rule=partial(dilated, turns=32), temperature=0.9
-    ),
-    "the default, 9 turns, T 0.9, blocks of 128": replace(
-        SWEPT, rule=partial(dilated, turns=9), temperature=0.9
+    "the default, 22 turns, 4 sweeps, min-p 0.5": replace(
+        DEFAULT, rule=partial(dilated, turns=22), sweeps=4, sweep_min_p=0.5
     ),
     "left to right, T 0.8": replace(PLAIN, rule=left_to_right, temperature=0.8),
     "gumbel-top-k 20, T 0.6: the old default": replace(SWEPT, rule=gumbel_top_k, temperature=0.6),
@@ -293,7 +288,7 @@ def frontier(args, model, twin, train, val):
     counted, held = train[:-REFERENCE], train[-REFERENCE:]
     judge = Judge(decode_tokens(counted))
     references = {"train split": counted, "its last 40,000 characters": held, "validation": val}
-    print("| text | calls | turns | ?! | line | JSD-3 | valid | n-gram | distinct | copy |\n"
+    print("| text | calls | speakers | ?! | line | JSD-3 | valid | n-gram | distinct | copy |\n"
           "|---|---|---|---|---|---|---|---|---|---|")
 
     def row(name, write_texts):

@@ -80,7 +80,7 @@ def test_the_columns_of_the_judge_match_a_count_by_hand():
     judge = judging.Judge("to be or not to be " * 50)
     texts = ["to be?\n\nROMEO:\nnot xx be!\n", "to be?\n\nNo name\nor not:\nt"]
     columns, n = judge.columns(texts), sum(map(len, texts))
-    assert columns["turns"] == pytest.approx(1000 / n)
+    assert columns["speakers"] == pytest.approx(1000 / n)
     assert columns["?!"] == pytest.approx(3 * 1000 / n)
     assert columns["line"] == pytest.approx((6 + 6 + 10 + 6 + 7 + 7 + 1) / 7)
     # "to", which touches the edge, is left out; romeo, xx, no and name are unknown

@@ -178,6 +178,19 @@ def test_characters_are_drawn_with_their_tempered_probabilities(monkeypatch):
     assert (draw(log_p.expand(1, 10_000, 4), 0, None) == 1).all()
 
 
+@pytest.mark.parametrize("min_p, weights", [(0, [0.25, 0.09, 0.04]), (0.5, [0.25, 0.09, 0]),
+                                            (0.7, [1, 0, 0]), (1, [1, 0, 0])])
+def test_min_p_leaves_out_the_unlikely_and_keeps_the_proportions_of_the_rest(
+    min_p, weights, monkeypatch
+):
+    log_p = torch.tensor([-math.inf, math.log(0.5), math.log(0.3), math.log(0.2)])
+    numbers((torch.arange(10_000) + 0.5)[None] / 10_000, monkeypatch)
+    drawn = draw(log_p.expand(1, 10_000, 4), 0.5, None, min_p)
+    expected = torch.tensor([0, *weights]) / sum(weights)
+    shares = drawn.flatten().bincount(minlength=4) / 10_000
+    torch.testing.assert_close(shares, expected, rtol=0, atol=2e-4)
+
+
 def proposal(p, chosen, masked):
     p, chosen, masked = torch.tensor(p), torch.tensor(chosen), torch.tensor(masked)
     return Proposal(p.log(), chosen, masked, torch.rand(chosen.shape))
@@ -277,7 +290,7 @@ def test_the_corrector_at_temperature_one_turns_independent_draws_into_joint_one
             return p.log()
 
     n = 20_000
-    how = SamplerConfig(everything, 1.0, sweeps=8, sweep_temperature=1.0, stride=2)
+    how = SamplerConfig(everything, 1.0, sweeps=8, sweep_min_p=0.0, stride=2)
     blank = torch.zeros(n, 2, dtype=torch.long)
     x = last(draft_and_correct(Exact(), blank, blank == 0, how, seeded()))
     places = x[:, 0] - 1, x[:, 1] - 1
@@ -480,7 +493,7 @@ def test_without_a_prompt_a_block_may_be_as_long_as_the_sequence_length(tiny_wei
 
 def test_the_temperature_may_be_tiny(tiny_weights, command):
     process = command(sample.main, "--weights", tiny_weights, "--num-blocks", 1,
-                      "--temperature", "1e-39", "--sweep-temperature", "1e-39")
+                      "--temperature", "1e-39")
     assert process.returncode == 0 and len(process.stdout) == 24 + 1, process.stderr
 
 

@@ -178,59 +178,19 @@ def test_a_run_that_is_stopped_before_its_first_step_resumes_with_its_settings(
 
 
 @not_windows
-def test_stop_signals_leave_an_ignored_hangup_ignored():
+def test_stop_signals_leave_an_ignored_hangup_ignored_and_put_the_handlers_back():
     """nohup ignores SIGHUP before it starts a program."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         with training.stop_signals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == terminate
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_a_run_in_any_thread_leaves_the_signal_handlers_as_they_were(small_corpus, tmp_path):
-    handlers, errors = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], []
-
-    def run(name):
-        try:
-            training.main([str(word) for word in ["--data", small_corpus, "--weights",
-                                                  tmp_path / name, "--steps", 2, *TINY_RUN]])
-        except Exception as error:
-            errors.append(error)
-
-    run("main.pt")
-    thread = threading.Thread(target=run, args=("thread.pt",))
-    thread.start()
-    thread.join()
-    assert not errors
-    assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    assert f"--weights {tmp_path}/thread.pt" in load_weights(tmp_path / "thread.pt")[1]["command"]
-
-
-def test_runs_in_threads_of_one_process_keep_their_own_settings(small_corpus, tmp_path):
-    """As under a web server that runs each request in a thread."""
-    errors = []
-
-    def run(name, steps):
-        try:
-            training.main([str(word) for word in ["--data", small_corpus, "--weights",
-                                                  tmp_path / name, "--steps", steps, *TINY_RUN]])
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=arguments) for arguments in (("a", 1), ("b.pt", 2),
-                                                                            ("c.pt", 3))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(errors) == 1 and "a file X.pt" in str(errors[0])
-    for name, steps in (("b.pt", 2), ("c.pt", 3)):
-        meta = load_weights(tmp_path / name)[1]
-        assert meta["step"] == steps and f"{name} --steps {steps} " in meta["command"]
 
 
 def test_a_killed_run_resumes_from_its_last_whole_checkpoint(whole_run, small_corpus, tmp_path):
@@ -545,7 +505,7 @@ def test_the_loss_with_a_teacher_is_the_mean_of_text_and_teacher_losses():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_student_learns_from_two_teachers_in_turn_and_refuses_one_of_another_vocabulary(
+def test_a_student_learns_from_two_teachers_in_turn_and_refuses_one_of_other_sizes(
     whole_run, small_corpus, tmp_path, command, monkeypatch
 ):
     asked, batch_loss = [], training.batch_loss
@@ -561,7 +521,7 @@ def test_a_student_learns_from_two_teachers_in_turn_and_refuses_one_of_another_v
     assert last["val_nelbo"] < first["val_nelbo"]
     process = command(training.main, *arguments[:2], "--weights", tmp_path / "v.pt",
                       "--teachers", DEFAULT_WEIGHTS, *TINY_RUN)
-    assert_one_clear_line(process, "--teachers", "diffusion_model.pt", "vocabulary")
+    assert_one_clear_line(process, "--teachers", "diffusion_model.pt", "sequence_len 256", "not 32")
 
 
 def test_further_texts_are_used_for_training_only(
