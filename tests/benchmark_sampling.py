@@ -214,9 +214,6 @@ ROWS = {
     "the default": DEFAULT,
     "the default, T 1": replace(DEFAULT, temperature=1.0),
     "the default, sweeps that take the likeliest": replace(DEFAULT, sweep_min_p=1.0),
-    "the default, 13 turns, stride 6, blocks of 192": replace(
-        DEFAULT, rule=partial(dilated, turns=13), stride=6, block_len=192
-    ),
     "the default, 32 turns": replace(DEFAULT, rule=partial(dilated, turns=32)),
     "the default, 22 turns, 4 sweeps, min-p 0.5": replace(
         DEFAULT, rule=partial(dilated, turns=22), sweeps=4, sweep_min_p=0.5
