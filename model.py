@@ -284,7 +284,7 @@ def encode_text(text: str, config: DiffusionConfig) -> torch.Tensor:
     if refused.any():
         position = len(raw[: int(refused.int().argmax())].decode("utf-8", "surrogateescape"))
         raise BadInput(f"character {text[position]!r} at position {position} is [MASK] or no byte "
-                       f"below {config.vocab_size}; a --vocab-size of 256 admits every other one")
+                       f"below {config.vocab_size}; --vocab-size 256 takes every other one")
     return ids
 
 
@@ -449,8 +449,8 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def warn(message: str) -> None:
-    """One line on stderr, above a progress bar if there is one. That nobody can read it any more
-    (a closed terminal, `| head`, a full disk) stops nothing."""
+    """One line on stderr, above a progress bar if there is one. If it can't be written any more (a
+    closed terminal, `| head`, a full disk), the program goes on."""
     with suppress(OSError):
         tqdm.write(message, file=sys.stderr)
 

@@ -1,6 +1,6 @@
 """Write text with the diffusion model, or fill the gaps of a given text.
 
-    uv run sample.py                                  # 30 windows of 256 characters, streamed
+    uv run sample.py                                  # 7,680 characters, streamed
     uv run sample.py --prompt "ROMEO:" --num-blocks 4
     uv run sample.py --infill "To be, or ___ to be"
 """
@@ -62,8 +62,8 @@ def lowest(level, masked):
 
 def dilated(proposal: Proposal, turns: int = 11):
     """Every turns-th character, so that those unmasked together stand far apart and their
-    independence costs little; the next turn takes those halfway between (arXiv 2506.19037). No
-    order prefers easy characters. Where the turns begin is random in each text."""
+    independence costs little; the next turn takes those halfway between (arXiv 2506.19037). The
+    order ignores confidence, or easy characters would come first. It begins at a random place."""
     u = proposal.unmask_time
     start = (u[:, :1] * turns).long()                               # (B, 1)
     place = torch.arange(u.size(1), device=u.device) + start        # (B, T)
@@ -152,7 +152,7 @@ def denoise(model, x, rule: Rule, temperature, generator, min_p=0.0) -> Iterator
 
 @dataclass
 class SamplerConfig:
-    """How text is made. The defaults are what tests/benchmark_sampling.py found best."""
+    """How text is made. tests/frontier.md knows no better defaults for as many network calls."""
 
     rule: Rule = dilated
     temperature: float = 0.92
@@ -171,7 +171,7 @@ def draft_and_correct(model, x, region, config: SamplerConfig, generator):
     stride-th character of the region is masked again and drawn anew given all the others, each in
     its turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that visits every
     character equally often. It mends the spelling, as it never draws what is far less likely than
-    the likeliest. But it draws: always the likeliest would turn question marks into full stops."""
+    the likeliest. If it always took the likeliest, question marks would become full stops."""
     turn = region.cumsum(1) % config.stride
     for x in denoise(model, x, config.rule, config.temperature, generator):
         yield x

@@ -8,8 +8,9 @@
     uv run training.py --eval-only                               # measure the weights
 
 The first 90% of the text are the train split; its first 40,000 characters are not learned and
-choose which weights are kept. The last 10% validate, and choose nothing. Until the run has ended,
-X.state.pt stands beside the weights X.pt; --resume and sample.py can read it. Both hold the log.
+choose which weights are kept. The last 10% validate; they choose only whether the run's
+weights replace those that were there. Until then X.state.pt stands beside the weights X.pt;
+--resume and sample.py can read it. Both hold the log.
 """
 
 import os
@@ -51,7 +52,7 @@ GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the fir
 PREFIX_SHARE = 0.25  # share of the sequences with a clean prefix, as sampling has one
 SPREAD = 1.0        # width in logits of the bell from which t is drawn (tests/ablations.md)
 LATE_SPREAD = 1.7   # the width after --init: nearly uniform, as the bound weighs all levels alike
-FLAT_SHARE = 1 / 16  # share of the sequences with uniform t; otherwise t = 1 is never drawn
+FLAT_SHARE = 1 / 16  # share of the sequences with uniform t; a bell of width 1 never draws t = 1
 OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it:
                     # at first many visible neighbours teach the most. Not after --init
 TEACHER_SHARE = 0.5  # of the loss, where there is a teacher; the rest is the text's
@@ -85,13 +86,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-minutes", type=number(float, 1e-3), help="train by the clock instead of --steps")
     add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
     add("--learning-rate", type=number(float, 1e-12), help="peak for the block matrices (default: "
-        "0.005, or 0.02 by the clock and in less than 10,000 steps)")
+        "0.005, or 0.02 by the clock and in fewer than 10,000 steps)")
     add("--decay", type=number(float, 0, 1), help="share of the run in which the learning rate "
-        "falls to zero (default: 1, or 0.5 in the shorter runs)")
+        "falls to zero (default: 1, or 0.5 where the learning rate is 0.02)")
     add("--weight-decay", type=number(float, 0), default=0.0, help="of the block matrices")
     add("--seed", type=SEED, default=1337, help="random seed")
     add = parser.add_argument_group("running").add_argument
-    add("--eval-interval", type=COUNT, help="steps between saves (default: 250; on a GPU 1000)")
+    add("--eval-interval", type=COUNT, help="steps between saves (default: 250; on CUDA 1000)")
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     add("--no-compile", action="store_true", help="without torch.compile, which takes a minute")
     args = parser.parse_args(argv)
@@ -192,7 +193,7 @@ def update(model, optimizers, factor: float) -> None:
 
 def draw_batch(text, config, batch_size: int, generator, spread: float = SPREAD, opened=1.0):
     """The batch of a step over all processes: x_0, x_t and masked (B, T), noise indices and loss
-    weights (B,), on the device of `text` and `generator`. t / S is below `opened`."""
+    weights (B,), on the device of `text` and `generator`. (t - 1) / S is below `opened`."""
     B, T, device = batch_size, config.sequence_len, text.device
     starts = torch.randint(len(text) - T + 1, (B,), generator=generator, device=device)
     x_0 = text[starts[:, None] + torch.arange(T, device=device)].long()
@@ -206,9 +207,9 @@ def draw_batch(text, config, batch_size: int, generator, spread: float = SPREAD,
     t = (noise * opened * config.diffusion_steps).long() + 1
     prefix_len = (1 + v * config.context_len).long().clamp(max=config.context_len)
     x_t, masked = q_sample(x_0, t, config, generator, prefix_len * (w < PREFIX_SHARE))
-    # With equal weights the loss would be the bound itself (RADD, arXiv 2406.03736), but noisy: a
-    # sequence with one masked character would count as much as one with 256. The square root
-    # trades a little of the objective for much less noise.
+    # Equal weights and uniform t would make the loss the bound (RADD, arXiv 2406.03736), but too
+    # noisy: a sequence with one masked character would count as much as one with 256. The square
+    # root trades a little of the objective for much less noise.
     weight = masked.sum(1).float().sqrt()
     weight = weight / weight.sum().clamp(min=1.0)
     return x_0, x_t, masked, noise_index(masked, config.diffusion_steps), weight

@@ -36,7 +36,7 @@ def scenes(model, args, recorder):
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, fps=8)
-    parser.add_argument("--num-blocks", type=COUNT, default=3, help="blocks, a window each")
+    parser.add_argument("--num-blocks", type=COUNT, default=3, help="how many; each fills a window")
     add_sampler_arguments(parser)
     show(scenes, parser.parse_args(argv), title="Masked blocks become text")
 

@@ -121,7 +121,8 @@ class Recorder:
         self.steps[-1]["p"] = (100 * p).round().int().tolist()
 
     def see(self, x: list[int], **facts) -> None:
-        """Adds a step to x, the characters from the part's start on; by a call if `ms` is given."""
+        """Adds the step to x, the characters from the part's start on. With `ms`, a network call
+        made it."""
         known, self.state[self.start :] = self.state[self.start :], x
         places = [i for i, id in enumerate(x) if known[i : i + 1] != [id]]
         if facts:
@@ -132,7 +133,7 @@ class Recorder:
 
 
 def command_line(doc: str, fps: int) -> CommandLine:
-    """A parser of what all animations know."""
+    """A parser of what the animations with frames know."""
     parser = CommandLine(doc)
     add_model_arguments(parser)
     add = parser.add_argument_group("picture").add_argument

@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def foreign(self) -> bool:
-        """Whether another site asks, or someone gave this one a name of their own."""
+        """Whether another site asks, or asks under a host name that is not this server's."""
         host = self.headers.get("Host", "")
         own = re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host)
         return not own or self.headers.get("Origin", f"http://{host}") != f"http://{host}"

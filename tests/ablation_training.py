@@ -62,8 +62,8 @@ class Recipe:
     prefix_share: float = 0.25   # share of the sequences with a clean prefix
     complementary: bool = False  # every crop twice, the second time with the other half masked
     curriculum: float = 0.0      # share of the run in which the limit of t / S rises to 1
-    # Share of the sequences that are clean up to a point, masked at random in the next 32
-    # characters, and wholly masked after those; and the progress from which on they come
+    # The shape of a former sampler: share of the sequences that are clean up to a point, masked at
+    # random in the next 32 characters, and wholly masked then; and from which progress on
     sampler_shape: tuple = (0.0, 0.0)
     causal_start: float = 0.0    # share of the run that trains causal next-character prediction
     permuted: bool = False       # an epoch reads every window once, in random order

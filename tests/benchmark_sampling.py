@@ -1,7 +1,7 @@
 """How good and how fast is the sampler? A judge that sees the play, and the speed of sample.py.
 
-    uv run tests/benchmark_sampling.py                       # every rule, about two minutes a row
-    uv run tests/benchmark_sampling.py --only dilated --csv rows.csv
+    uv run tests/benchmark_sampling.py                       # every rule, minutes to an hour a row
+    uv run tests/benchmark_sampling.py --only "32 turns" --csv rows.csv
     uv run tests/benchmark_sampling.py --speed               # beside a naive loop and the GPT twin
     uv run tests/benchmark_sampling.py --csv tests/frontier.csv --plot tests/frontier.png --only no
 
@@ -321,16 +321,17 @@ def plot(rows_file: Path, picture: Path) -> None:
         below = -9 if i % 2 else 3  # neighbours' names on either side
         calls, divergence, error = (float(row[key]) for key in ("calls", "JSD-3", "JSD-3 error"))
         if calls:
-            # Neighbours of the default, and one of many trials, stay without a name
-            trial = row["row"].endswith("†") or "the default, " in row["row"]
+            # Variants of the default, present and former, get no name
+            name = row["row"]
+            trial = ("default" in name or "dilated" in name) and not name.endswith("default")
             colour, right = "#bbb" if trial else "#222", calls > 150
             axes.errorbar(calls, divergence, error, fmt="o", ms=3, color=colour)
-            axes.annotate("" if trial else row["row"], (calls, divergence), fontsize=7,
+            axes.annotate("" if trial else name, (calls, divergence), fontsize=7,
                           xytext=(-5 if right else 5, below), textcoords="offset points",
                           ha="right" if right else "left")
         else:
             axes.axhline(divergence, lw=0.8, color="#d98c00")
-            axes.annotate(row["row"], (70, divergence), fontsize=7, color="#d98c00",
+            axes.annotate(row["row"], (90, divergence), fontsize=7, color="#d98c00",
                           xytext=(0, below), textcoords="offset points")
     axes.set(xscale="log", xlabel="network calls per 240 characters")
     axes.set(yscale="log", ylabel="JSD-3, nats")

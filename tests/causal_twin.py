@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--weight-decay", type=number(float, 0), default=0.0, help="of the block matrices")
     add("--eval-interval", type=COUNT, default=100, help="steps between evaluations")
     add("--weights", type=Path, default=TWIN_WEIGHTS, help="file to write")
-    add("--write", metavar="N", type=COUNT, help="print N characters of text "
+    add("--write", metavar="N", type=COUNT, help="print at least N characters "
         "instead of training")
     add("--temperature", type=TEMPERATURE, default=1.0, help="of the written text")
     add("--fit", action="store_true", help="print the temperature at which the held-out characters "

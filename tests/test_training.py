@@ -308,8 +308,7 @@ def test_max_minutes_follows_the_clock(small_corpus, tmp_path):
 
 
 def test_every_time_index_is_trained():
-    """The bell alone never draws t = 1 or 2. The embeddings of their time indices would stay
-    random."""
+    """The bell alone never draws t = 1. The embedding of its time index would stay random."""
     config = DiffusionConfig(n_layer=1, n_head=1, n_embd=8)
     train, generator = torch.ones(1000, dtype=torch.long), torch.Generator().manual_seed(0)
     *_, index, _ = training.draw_batch(train, config, 100_000, generator)
