@@ -278,9 +278,9 @@ def agree(progress: float, signum: int, device: torch.device) -> tuple[float, in
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Inside, SIGINT, SIGTERM and SIGHUP only add their number to the list, unless they were
-    ignored before (nohup)."""
+    ignored before (nohup). Windows has no SIGHUP."""
     received = []
-    stops = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows
+    stops = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     before = {signum: signal.signal(signum, lambda n, frame: received.append(n))
               for signum in stops if signal.getsignal(signum) != signal.SIG_IGN}
     try:

@@ -166,6 +166,9 @@ def command(capsys):
     return call
 
 
+if hasattr(signal, "SIGHUP"):  # nohup ignores it, and the scripts under test would inherit that
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # A fork server, where the platform has one, imports training.py and torch's compiler once for all
 # runs; that takes seconds
 methods = multiprocessing.get_all_start_methods()
