@@ -228,11 +228,11 @@ def batch_loss(network, batch, teacher=None):
     x_0, x_t, masked, index, weight = batch
     with autocast(x_t.device):
         log_p = network(x_t, index)                                 # (B, T, V)
-        if teacher:
+        if teacher is not None:
             with torch.no_grad():
                 log_q = teacher(x_t, index)                         # (B, T, V)
     nll = masked_nll(log_p, x_0, masked)                            # (B,)
-    if teacher:
+    if teacher is not None:
         soft = distilled_nll(log_p, log_q, masked)                  # (B,)
         nll = TEACHER_SHARE * soft + (1 - TEACHER_SHARE) * nll
     return (nll * weight).sum()
@@ -290,17 +290,19 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def compiled(model, batch_size: int):
-    """The model under torch.compile, tried on one batch; where that fails, a warning and the eager
-    model. g++ 12 removes live stores from Inductor's CPU code, which makes gradients silently
+def compiled(model, batch_size: int, learns: bool = True):
+    """The model under torch.compile, tried on one batch as it will be used: a teacher doesn't
+    learn. Where the trial fails, a warning and the eager model. g++ 12 removes live stores from Inductor's CPU code, which makes gradients silently
     wrong, so it is told not to."""
     gcc = {"cpp.cxx": (None, f"{os.environ.get('CXX', 'g++')} -fno-dse")}
     network = torch.compile(model, options=gcc if sys.platform == "linux" else None)
     device = next(model.parameters()).device
     x_t = torch.zeros(batch_size, model.config.sequence_len, dtype=torch.long, device=device)
     try:
-        with autocast(device):
-            network(x_t, x_t[:, 0].contiguous())[..., 1].sum().backward()
+        with autocast(device), torch.set_grad_enabled(learns):
+            log_p = network(x_t, x_t[:, 0].contiguous())
+        if learns:
+            log_p[..., 1].sum().backward()
     except Exception as error:  # no compiler, a broken one, no support: torch raises many kinds
         warn(f"torch.compile failed, continuing without it: {error!r:.200}".splitlines()[0])
         network = model
@@ -473,7 +475,7 @@ def train(args: argparse.Namespace, command: str) -> int:
     network = model
     if not args.no_compile and device.type != "mps":
         network = compiled(model, rows)
-        teachers = [compiled(teacher, rows) for teacher in teachers]
+        teachers = [compiled(teacher, rows, learns=False) for teacher in teachers]
     if world > 1:
         network = DistributedDataParallel(network)
         network.broadcast_buffers = False  # the rotary tables never change
