@@ -152,7 +152,8 @@ def denoise(model, x, rule: Rule, temperature, generator, min_p=0.0) -> Iterator
 
 @dataclass
 class SamplerConfig:
-    """How text is made. tests/frontier.md knows no better defaults for as many network calls."""
+    """How text is made. The defaults are the best found at this number of network calls
+    (tests/benchmarks/frontier.md)."""
 
     rule: Rule = dilated
     temperature: float = 0.92

@@ -50,7 +50,7 @@ ADAMW_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
 PREFIX_SHARE = 0.25  # share of the sequences with a clean prefix, as sampling has one
-SPREAD = 1.0        # width in logits of the bell from which t is drawn (tests/ablations.md)
+SPREAD = 1.0        # width in logits of the bell from which t is drawn (ablations.md)
 LATE_SPREAD = 1.7   # the width after --init: nearly uniform, as the bound weighs all levels alike
 FLAT_SHARE = 1 / 16  # share of the sequences with uniform t; a bell of width 1 never draws t = 1
 OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it:
@@ -292,8 +292,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 def compiled(model, batch_size: int, learns: bool = True):
     """The model under torch.compile, tried on one batch as it will be used: a teacher doesn't
-    learn. Where the trial fails, a warning and the eager model. g++ 12 removes live stores from Inductor's CPU code, which makes gradients silently
-    wrong, so it is told not to."""
+    learn. Where the trial fails, a warning and the eager model. g++ 12 removes live stores from
+    Inductor's CPU code, which makes gradients silently wrong, so it is told not to."""
     gcc = {"cpp.cxx": (None, f"{os.environ.get('CXX', 'g++')} -fno-dse")}
     network = torch.compile(model, options=gcc if sys.platform == "linux" else None)
     device = next(model.parameters()).device

@@ -4,7 +4,7 @@
     uv run animations/race.py --prompt "ROMEO:" --save animations/race.gif
 
 This counts calls, each of the whole window. A model made for left to right caches what it has read,
-so its calls cost less, and a race in seconds is much closer: see tests/speed.md.
+so its calls cost less, and a race in seconds is much closer: see tests/benchmarks/speed.md.
 """
 
 from itertools import chain, zip_longest

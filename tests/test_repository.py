@@ -76,7 +76,7 @@ def test_ruff_finds_nothing():
 
 def test_every_script_tells_openmp_not_to_spin_before_it_loads_torch():
     """Two processes whose threads spin slow one another down thirty times."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("animations/*.py"), *ROOT.glob("tests/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("animations/*.py"), *ROOT.glob("tests/**/*.py")]:
         source = path.read_text("utf-8")
         if "__main__" in source and "from drawing import" not in source:
             before, _, after = source.partition('os.environ.setdefault("GOMP_SPINCOUNT", "1000")')

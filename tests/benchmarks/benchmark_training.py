@@ -1,8 +1,8 @@
 """How fast is training? The step of training.py beside a naive step and products of matrices.
 
-    uv run tests/benchmark_training.py                   # steps of 64 x 256 characters
-    uv run tests/benchmark_training.py --batch-size 32
-    uv run torchrun --standalone --nproc_per_node=2 tests/benchmark_training.py
+    uv run tests/benchmarks/benchmark_training.py                   # steps of 64 x 256 characters
+    uv run tests/benchmarks/benchmark_training.py --batch-size 32
+    uv run torchrun --standalone --nproc_per_node=2 tests/benchmarks/benchmark_training.py
 
 The measurements take turns, so that a slow spell of the machine hits all of them. A step counts as
 
@@ -25,7 +25,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

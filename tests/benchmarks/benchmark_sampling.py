@@ -1,9 +1,10 @@
 """How good and how fast is the sampler? A judge that sees the play, and the speed of sample.py.
 
-    uv run tests/benchmark_sampling.py                       # every rule, minutes to an hour a row
-    uv run tests/benchmark_sampling.py --only "32 turns" --csv rows.csv
-    uv run tests/benchmark_sampling.py --speed               # beside a naive loop and the GPT twin
-    uv run tests/benchmark_sampling.py --csv tests/frontier.csv --plot tests/frontier.png --only no
+    uv run tests/benchmarks/benchmark_sampling.py             # every rule, minutes to an hour a row
+    uv run tests/benchmarks/benchmark_sampling.py --only "32 turns" --csv rows.csv
+    uv run tests/benchmarks/benchmark_sampling.py --speed      # beside a naive loop and the twin
+    uv run tests/benchmarks/benchmark_sampling.py --csv tests/benchmarks/frontier.csv \
+        --plot tests/benchmarks/frontier.png --only no
 
 A row is the mean, and its standard error, over seeds of 26 texts of 800 characters, which begin
 behind two line ends that nobody sees. Columns:
@@ -37,7 +38,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "experiments")]  # model.py, causal_twin.py
 import numpy as np
 import torch
 from causal_twin import TWIN_WEIGHTS, continue_causally

@@ -1,9 +1,9 @@
 """The GPT twin: the model's trunk made causal, trained to predict the next character.
 
-    uv run tests/causal_twin.py --max-minutes 17
-    uv run tests/causal_twin.py --steps 1000 --weight-decay 0.3 --weights weights/twin_b.pt
-    uv run tests/causal_twin.py --fit
-    uv run tests/causal_twin.py --write 3000000 --temperature 1.1 > weights/twin.txt
+    uv run tests/experiments/causal_twin.py --max-minutes 17
+    uv run tests/experiments/causal_twin.py --steps 1000 --weight-decay 0.3 --seed 1
+    uv run tests/experiments/causal_twin.py --fit
+    uv run tests/experiments/causal_twin.py --write 3000000 --temperature 1.1 > weights/twin.txt
 
 The benchmarks compare the diffusion model with this GPT. It has the same size and learns the same
 text by the same optimizers. Its weights, weights/causal_twin.pt, are not shipped. It overfits after
@@ -22,7 +22,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from tqdm import trange

@@ -1,11 +1,11 @@
 """What each part of the training recipe is worth: a small network, with one change at a time.
 
-    uv run tests/ablation_training.py                        # every row, a few minutes each
-    uv run tests/ablation_training.py --only weighting       # the rows whose name contains the word
-    uv run tests/ablation_training.py --seeds 0 1 2 --only baseline "the recipe"
-    uv run tests/ablation_training.py --share 0.1 --only baseline regularisation   # 16 epochs
-    uv run tests/ablation_training.py --share 0.167 --characters 24000000 --keep weights/ablations \
-        --only "the recipe" long:      # 143 epochs, 40 minutes or more a row
+    uv run tests/experiments/ablation_training.py                    # every row, a few minutes each
+    uv run tests/experiments/ablation_training.py --only weighting   # rows whose name contains it
+    uv run tests/experiments/ablation_training.py --seeds 0 1 2 --only baseline "the recipe"
+    uv run tests/experiments/ablation_training.py --share 0.1 --only baseline regularisation
+    uv run tests/experiments/ablation_training.py --share 0.167 --characters 24000000 \
+        --keep weights/ablations --only "the recipe" long:      # 143 epochs, 40 minutes a row
 
 Each row is the baseline with the change that its name describes; a row whose name begins with
 "long:" is the recipe with that change. The recipe combines the changes that helped. training.py
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from causal_twin import causal

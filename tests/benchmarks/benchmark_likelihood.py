@@ -1,7 +1,7 @@
 """How likely is the validation split to the model, and to its GPT twin, on the same windows?
 
-    uv run tests/causal_twin.py --max-minutes 17        # first, for the last row
-    uv run tests/benchmark_likelihood.py --windows 48
+    uv run tests/experiments/causal_twin.py --max-minutes 17        # first, for the last row
+    uv run tests/benchmarks/benchmark_likelihood.py --windows 48
 
 Every window of 256 characters is scored without context, in nats per character, by
 
@@ -25,7 +25,8 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "experiments")]  # model.py, causal_twin.py
 import torch
 from causal_twin import TWIN_WEIGHTS, average, make_causal, next_log_p, nll_of
 
