@@ -8,7 +8,7 @@ Symbols, here and in the papers (MDLM, arXiv 2406.07524; MD4, arXiv 2406.04329):
 
     x_0             clean text, (B, T) character ids
     x_t             the same text with some characters replaced by [MASK]
-    t               noise level, 1..diffusion_steps; the network's index is t - 1
+    t               noise level, 1..diffusion_steps; the network's time index is t - 1
     alpha           probability that a character is visible at level t: 1 - t / diffusion_steps
     m               number of masked characters in a sequence
     log_p           log p(x_0 | x_t) at every position, (B, T, V)
@@ -19,8 +19,10 @@ Symbols, here and in the papers (MDLM, arXiv 2406.07524; MD4, arXiv 2406.04329):
 
 import argparse
 import hashlib
+import itertools
 import math
 import os
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +40,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 DEFAULT_DATA = ROOT / "data" / "tiny_shakespeare.txt"
 DEFAULT_WEIGHTS = ROOT / "weights" / "diffusion_model.pt"
-MAX_WINDOWS = 8192  # of the bound; a longer text is measured on that many, evenly spaced
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that act on a terminal
 
 
 class BadInput(ValueError):
@@ -76,7 +78,8 @@ class DiffusionConfig:
 
 
 def norm(x):
-    """x by the root mean square of its last axis. F.rms_norm casts bfloat16 to float32 and back."""
+    """x divided by the root mean square of its last axis. F.rms_norm would cast bfloat16 to float32
+    and back."""
     rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.size(-1) ** -0.5
     return x / rms.clamp(min=1e-6)
 
@@ -107,7 +110,7 @@ class Attention(nn.Module):
         """softmax(q k^T / sqrt(D)) v, (B, H, T, D): every position attends to all positions.
 
         On a CPU as plain products: the fused kernel is slower there, its backward pass up to three
-        times."""
+        times. Static, so that a function with another mask can replace it (causal_twin.py)."""
         if q.device.type == "cpu":
             return ((q * q.size(-1) ** -0.5) @ k.mT).softmax(-1) @ v
         return F.scaled_dot_product_attention(q, k, v)
@@ -157,27 +160,28 @@ class DiffusionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Embeddings: normal, std 1. Both c_proj and output_head: zero, so that every block starts
-        as the identity and every character is equally likely. The others: normal, with
+        """token_emb: normal, std 1. time_emb: zero, so that all noise levels share what they learn
+        first. Both c_proj and output_head: zero, so that every block starts as the identity and
+        every character is equally likely. The others: normal, with
         std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in)."""
         for name, parameter in self.named_parameters():
-            if "_emb" in name:
+            if "token_emb" in name:
                 nn.init.normal_(parameter)
-            elif "c_proj" in name or "output_head" in name:
+            elif any(part in name for part in ("time_emb", "c_proj", "output_head")):
                 nn.init.zeros_(parameter)
             else:
                 fan_out, fan_in = parameter.shape
                 std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, x_t, index):
-        """log p(x_0 | x_t) at every position, (B, T, V) in float32, from ids x_t (B, T) and noise
+    def forward(self, x_t, time_index):
+        """log p(x_0 | x_t) at every position, (B, T, V) in float32, from ids x_t (B, T) and time
         indices (B,), as `noise_index` gives them. T may be anything up to sequence_len. [MASK] has
         probability zero (MDLM's zero masking probabilities, arXiv 2406.07524, sec. 3.2.3)."""
         T = x_t.size(1)
         cos, sin = self.cos[:T], self.sin[:T]                       # (T, D/2) each
-        x = self.token_emb(x_t) + self.time_emb(index)[:, None]     # (B, T, C)
-        x = norm(x)                                                 # (B, T, C)
+        x = self.token_emb(x_t)                                     # (B, T, C)
+        x = norm(x + self.time_emb(time_index)[:, None])            # (B, T, C)
         for block in self.blocks:
             x = block(x, cos, sin)                                  # (B, T, C)
         logits = self.output_head(norm(x)).float()                  # (B, T, V)
@@ -243,26 +247,26 @@ def nelbo_samples(model, x_0, generator):
     cdf = masked_count_weights(T, S).cumsum(0).float().to(device)
     m = torch.searchsorted(cdf, u).clamp(max=T - 1) + 1             # (B,)
     nll = []
-    for x_0, m in zip(x_0.to(device).split(64), m.split(64), strict=True):
-        rank = torch.rand(x_0.shape, generator=generator, device=device).argsort(1).argsort(1)
-        masked = rank < m[:, None]
-        x_t = x_0.masked_fill(masked, model.config.mask_token_id)
-        nll.append(masked_nll(model(x_t, noise_index(masked, S)), x_0, masked))
+    for rows, counts in zip(x_0.to(device).split(64), m.split(64), strict=True):
+        rank = torch.rand(rows.shape, generator=generator, device=device).argsort(1).argsort(1)
+        masked = rank < counts[:, None]
+        x_t = rows.masked_fill(masked, model.config.mask_token_id)
+        nll.append(masked_nll(model(x_t, noise_index(masked, S)), rows, masked))
     return torch.cat(nll)
 
 
 def spaced_windows(tokens, length: int, windows: int):
-    """So many evenly spaced windows of a 1-D tensor, (windows, length) in int64."""
+    """`windows` evenly spaced windows of a 1-D tensor, (windows, length) in int64."""
     starts = torch.linspace(0, len(tokens) - length, windows, dtype=torch.float64).long()
     return tokens.unfold(0, length, 1)[starts].long()
 
 
 @torch.no_grad()
-def nelbo(model, tokens, passes: int = 8, seed: int = 0, windows: int = MAX_WINDOWS):
+def nelbo(model, tokens, passes: int = 8, seed: int = 0, windows: int = 8192):
     """NELBO of a 1-D tensor of ids in nats per character, and its standard error.
 
-    The fewest evenly spaced windows of sequence_len that cover the text, but at most `windows`, are
-    scored, each without context. Every pass draws fresh masks for all of them; the standard error
+    Scores evenly spaced windows of sequence_len, each without context: just enough to cover the
+    text, but at most `windows`. Every pass draws fresh masks for all of them; the standard error
     comes from the spread of the passes, so `passes` is at least 2. Divide by ln 2 for bits."""
     T, device = model.config.sequence_len, next(model.parameters()).device
     x_0 = spaced_windows(tokens, T, min(windows, math.ceil(len(tokens) / T)))
@@ -280,11 +284,14 @@ def encode_text(text: str, config: DiffusionConfig) -> torch.Tensor:
     or not below vocab_size, naming the character and its position: nothing is silently replaced."""
     raw = text.encode("utf-8", errors="surrogateescape")
     ids = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
-    refused = (ids == config.mask_token_id) | (ids > config.vocab_size - 1)
+    last = config.vocab_size - 1  # comparing with vocab_size itself would overflow uint8 at 256
+    refused = (ids == config.mask_token_id) | (ids > last)
     if refused.any():
         position = len(raw[: int(refused.int().argmax())].decode("utf-8", "surrogateescape"))
-        raise BadInput(f"character {text[position]!r} at position {position} is [MASK] or no byte "
-                       f"below {config.vocab_size}; --vocab-size 256 takes every other one")
+        known = "ASCII" if config.vocab_size == 128 else f"the bytes up to {last}"
+        raise BadInput(f"character {text[position]!r} at position {position}: the model knows only "
+                       f"{known} without [MASK] (byte {config.mask_token_id}); one trained from "
+                       "scratch with --vocab-size 256 knows every byte except [MASK]")
     return ids
 
 
@@ -308,7 +315,7 @@ def load_corpus(path: Path | str, config: DiffusionConfig):
     twelve sequences, or has a character outside the vocabulary."""
     text = read_text(path)
     ids = encode_text(text, config)
-    if len(ids) < 12 * config.sequence_len:
+    if len(ids) < 12 * config.sequence_len:  # the last tenth, too, needs a whole window
         raise BadInput(f"{path}: {len(ids)} characters are too few; 12 sequences of "
                        f"{config.sequence_len} are the least")
     train, val = ids.tensor_split([int(0.9 * len(ids))])
@@ -318,18 +325,41 @@ def load_corpus(path: Path | str, config: DiffusionConfig):
 # The checkpoint: one torch.save of {"model": state dict, "config": dict, "meta": dict} ------------
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path`, open for writing, that is flushed to disk and renamed over it
-    in the end: a crash at any moment leaves the old file or the new one. Follows links."""
+def free_name(path: Path) -> Path | None:
+    """Where a file X.pt can move aside: the first free name of X.1.pt, X.2.pt ...; None if there is
+    no file X.pt. Follows links."""
     path = Path(path).resolve()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    if not path.exists():
+        return None
+    names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+@contextmanager
+def replacing(path: Path, aside: Path | None = None) -> Iterator[IO[bytes]]:
+    """A temporary file beside `path`, open for writing, which is flushed to disk and renamed to
+    `path` in the end: a crash at any moment leaves the old file or the new one. The old file is
+    replaced, or renamed to `aside`. Follows links; what is no regular file, like /dev/null, is
+    written directly."""
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
+    temporary = path.with_name(f"{path.name[:30]}.{os.getpid()}.tmp")  # short: names have a limit
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if aside:
+            path.rename(aside)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if aside:
+                aside.rename(path)
+            raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -339,12 +369,20 @@ def plain_name(name: str) -> str:
     return str(name).replace("_orig_mod.", "").removeprefix("module.")
 
 
-def save_weights(model: nn.Module, meta: dict, path: Path) -> None:
-    """Writes the weights as bfloat16, half the bytes; `meta` says what they score as such."""
+def bfloat16_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the model's weights on the CPU, by plain name, in half the bytes of float32."""
     state = model.state_dict()
-    state = {plain_name(name): state[name].to("cpu", torch.bfloat16) for name in state}
-    with replacing(path) as file:
-        torch.save({"model": state, "config": asdict(model.config), "meta": meta}, file)
+    return {plain_name(name): state[name].to("cpu", torch.bfloat16) for name in state}
+
+
+def save_weights(model: nn.Module, meta: dict, path: Path) -> Path | None:
+    """Writes the weights as bfloat16; `meta` says what they score as such. A file that stood there
+    moves aside, and its new name is returned."""
+    contents = {"model": bfloat16_state(model), "config": asdict(model.config), "meta": meta}
+    aside = free_name(path)
+    with replacing(path, aside) as file:
+        torch.save(contents, file)
+    return aside
 
 
 def read_checkpoint(path: Path | str) -> dict:
@@ -374,7 +412,7 @@ def load_weights(path: Path | str, device: torch.device | str = "cpu"):
         model.load_state_dict(state, assign=True)
         model = model.float().to(device)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise BadInput("it holds numbers that are not finite")
+            raise BadInput("it holds numbers that are not finite")  # sampling would never end
     except (TypeError, RuntimeError, BadInput) as error:
         why = str(error).splitlines()[-1].strip()
         raise BadInput(f"weights file {path}: unusable ({why})") from error
@@ -427,12 +465,12 @@ def pick_device(name: str) -> torch.device:
             (torch.ones(1, device=candidate) + 1).item()
             return torch.device(candidate)
         except (RuntimeError, AssertionError, ImportError) as error:
-            why = str(error).splitlines()[0]
+            why = str(error).partition(". ")[0].partition("\n")[0][:100]
             if name != "auto":
                 raise BadInput(f"--device {name} can't be used ({why}); there are auto, cpu, cuda "
                                "and mps") from error
             if candidate == "cuda" and torch.cuda.is_available():
-                warn(f"cuda does not work ({why}); trying the next device")
+                say(f"cuda does not work ({why}); trying the next device")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -448,16 +486,29 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
 
 
-def warn(message: str) -> None:
+def harmless(text: str, stream: IO[str]) -> str:
+    """The text for the stream: on a terminal, a dot for each control character but tab and line
+    end. An escape sequence that a model wrote could do anything there."""
+    return CONTROL.sub("·", text) if stream.isatty() else text
+
+
+def say(message: str) -> None:
     """One line on stderr, above a progress bar if there is one. If it can't be written any more (a
     closed terminal, `| head`, a full disk), the program goes on."""
     with suppress(OSError):
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(harmless(message, sys.stderr), file=sys.stderr)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls main; bad input and failing files end in one line and exit code 2, a closed pipe
-    quietly. What is written is UTF-8 on every platform."""
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. On a CPU, torch raises a RuntimeError like any other."""
+    signs = "allocate memory", "not enough memory", "Storage size calculation overflowed"
+    named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return named or any(sign in str(error) for sign in signs)
+
+
+def start(main: Callable[[], None]) -> None:
+    """Calls main; bad input, failing files and too little memory end in one line and exit code 2, a
+    closed pipe quietly. What is written is UTF-8 on every platform."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as by 2>&-
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
@@ -469,8 +520,13 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # Python flushes stdout again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (BadInput, OSError) as error:
-        warn(f"error: {error}")
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (BadInput, OSError) as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        say("error: out of memory; a smaller batch, network or number of samples needs less")
+        sys.exit(2)

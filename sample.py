@@ -12,6 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin
 import argparse
 import codecs
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,15 +25,16 @@ import torch
 
 from model import (
     COUNT, DEFAULT_WEIGHTS, SEED, TEMPERATURE, BadInput, CommandLine, DiffusionTransformer,
-    decode_tokens, encode_text, load_weights, multiplies_bf16, noise_index, number, pick_device,
-    read_text, run, warn,
+    decode_tokens, encode_text, harmless, load_weights, multiplies_bf16, noise_index, number,
+    pick_device,     read_text, say, start,
 )
 
 # Rules: which characters a step unmasks -----------------------------------------------------------
 
 
 class Proposal(NamedTuple):
-    """What a rule sees at one step; it answers with the positions to unmask, (B, T) bool."""
+    """What a rule sees at one step. It answers with the positions to unmask, (B, T) bool; where
+    nothing is masked, its answer has no effect."""
 
     log_p: torch.Tensor         # (B, T, V) log p(x_0 | x_t); no meaning where nothing is masked
     chosen: torch.Tensor        # (B, T) the character drawn at every position
@@ -102,7 +104,7 @@ def everything(proposal: Proposal):
     return proposal.masked
 
 
-METHODS = {  # and the argument of each rule that has a flag of that name
+METHODS = {  # name: (rule, the one flag that tunes it)
     "dilated": (dilated, "turns"),
     "top-k": (top_k, "k"),
     "left-to-right": (left_to_right, "k"),
@@ -173,11 +175,12 @@ def draft_and_correct(model, x, region, config: SamplerConfig, generator):
     its turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that visits every
     character equally often. It mends the spelling, as it never draws what is far less likely than
     the likeliest. If it always took the likeliest, question marks would become full stops."""
-    turn = region.cumsum(1) % config.stride
+    stride = min(config.stride, int(region.sum(1).max()))  # no call without a character to redraw
+    turn = region.cumsum(1) % max(1, stride)
     for x in denoise(model, x, config.rule, config.temperature, generator):
         yield x
-    for phase in range(config.sweeps * config.stride):
-        remask = region & (turn == phase % config.stride)
+    for phase in range(config.sweeps * stride):
+        remask = region & (turn == phase % stride)
         x_t = x.masked_fill(remask, model.config.mask_token_id)
         for x in denoise(model, x_t, everything, config.temperature, generator, config.sweep_min_p):
             yield x
@@ -189,12 +192,16 @@ def next_window(masked, config: SamplerConfig, sequence_len: int) -> tuple[int, 
     some of it stays open until the next window corrects it."""
     N, first = len(masked), int(masked.int().argmax())
     if masked[first:].all():  # only blanks follow: a block of them
-        start, stop, held = first - config.lookback, first + config.block_len, config.lookback // 2
+        start, stop, tail = first - config.lookback, first + config.block_len, config.lookback // 2
     else:                     # a gap: as much around it as the model can see
-        start = max(0, min(first - sequence_len // 4, N - sequence_len))
-        stop, held = start + sequence_len, sequence_len // 4
-    final = max(first + 1, stop - held * bool(config.sweeps)) if masked[stop:].any() else N
-    return max(0, start), min(stop, N), final
+        start = min(first - sequence_len // 4, N - sequence_len)
+        stop, tail = max(0, start) + sequence_len, sequence_len // 4
+    start, stop = max(0, start), min(stop, N)
+    if not masked[stop:].any():
+        return start, stop, N
+    if not config.sweeps:     # no correction will change the end of the window
+        return start, stop, stop
+    return start, stop, max(first + 1, stop - tail)
 
 
 def fill(model, x, config: SamplerConfig, generator) -> Iterator[tuple[torch.Tensor, int]]:
@@ -250,8 +257,8 @@ def sampler_config(args: argparse.Namespace, T: int) -> SamplerConfig:
     """What the flags ask for, for a model of sequence length T. Raises BadInput for a flag that
     belongs to another method, and for lengths that do not fit."""
     rule, flag = METHODS[args.method]
-    for other in {flag for _, flag in METHODS.values()} - {flag}:
-        if getattr(args, other) is not None:
+    for other in ("turns", "k", "tau", "steps"):
+        if other != flag and getattr(args, other) is not None:
             raise BadInput(f"--{other} belongs to another --method; {args.method} has --{flag}")
     if getattr(args, flag) is not None:
         rule = partial(rule, **{flag: getattr(args, flag)})
@@ -266,6 +273,12 @@ def sampler_config(args: argparse.Namespace, T: int) -> SamplerConfig:
         raise BadInput(f"--block-len {block_len}{both} exceed the model's sequence length, {T}")
     return SamplerConfig(rule, args.temperature, sweeps, args.sweep_min_p, args.stride,
                          block_len, lookback)
+
+
+def sample_command(weights: Path) -> str:
+    """The command that writes with these weights."""
+    chosen = [] if weights == DEFAULT_WEIGHTS else ["--weights", str(weights)]
+    return shlex.join(["uv", "run", "sample.py", *chosen])
 
 
 def load_for_sampling(path: Path, device: torch.device) -> DiffusionTransformer:
@@ -295,6 +308,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args.infill = read_text("-")
     if args.infill is not None and "_" not in args.infill:
         raise BadInput("--infill: no gap to fill; every underscore of the text is one character")
+    if args.infill is not None and args.num_blocks:
+        raise BadInput(f"--num-blocks {args.num_blocks}: --infill writes no blocks; it fills gaps")
     return args
 
 
@@ -326,16 +341,18 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     for x, final in fill(model, x, config, torch.Generator().manual_seed(args.seed)):
         # The first sample is streamed; the others follow when it is complete
-        print(utf8.decode(bytes(x[0, shown:final].tolist())), end="", flush=True)
+        text = utf8.decode(bytes(x[0, shown:final].tolist()))
+        print(harmless(text, sys.stdout), end="", flush=True)
         shown = final
     print(utf8.decode(b"", final=True))
     for i, row in enumerate(x[1:, unseen:], start=2):
-        print(f"\n----- sample {i} -----\n{decode_tokens(row)}")
+        print(f"\n----- sample {i} -----\n{harmless(decode_tokens(row), sys.stdout)}")
     seconds = time.perf_counter() - started
-    warn(f"{n_written} characters in {seconds:.1f} s, {n_written / seconds:.0f} a second")
+    say(f"{n_written} characters in {seconds:.1f} s, {n_written / seconds:.0f} a second")
     if sys.stderr.isatty():
-        warn('try --prompt "ROMEO:", --infill "To be, or ___" or --turns 32 (slower, truer)')
+        say(f'{sample_command(args.weights)} --prompt "ROMEO:" continues a text, '
+            '--infill "To be, or ___" fills gaps')
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

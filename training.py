@@ -7,10 +7,12 @@
     uv run training.py --init weights/diffusion_model.pt --data my.txt --weights weights/my.pt
     uv run training.py --eval-only                               # measure the weights
 
-The first 90% of the text are the train split; its first 40,000 characters are not learned and
-choose which weights are kept. The last 10% validate; they choose only whether the run's
-weights replace those that were there. Until then X.state.pt stands beside the weights X.pt;
---resume and sample.py can read it. Both hold the log.
+While a run goes on, it writes only X.state.pt; --resume and sample.py can read that. At its end,
+its weights become X.pt; a file X.pt that stood there becomes X.1.pt. Both hold the log.
+
+The last 10% of the text are the validation split, which chooses nothing. The rest is the train
+split. Its first 40,000 characters, or a tenth of a shorter split, are not learned either: they
+choose the evaluation whose weights the run keeps.
 """
 
 import os
@@ -19,6 +21,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin
 
 import argparse
 import ctypes
+import glob
+import hashlib
 import math
 import platform
 import shlex
@@ -26,11 +30,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,80 +45,122 @@ from tqdm import tqdm
 
 from model import (
     COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, BadInput, CommandLine, DiffusionConfig,
-    DiffusionTransformer, autocast, decode_tokens, load_corpus, load_weights, masked_nll,
-    multiplies_bf16, nelbo, noise_index, number, pick_device, q_sample, read_checkpoint, replacing,
-    run, save_weights, warn,
+    DiffusionTransformer, autocast, bfloat16_state, decode_tokens, load_corpus, load_weights,
+    masked_nll, multiplies_bf16, nelbo, noise_index, number, pick_device, q_sample,
+    read_checkpoint, replacing, save_weights, say, start,
 )
-from sample import denoise, dilated
+from sample import denoise, dilated, sample_command
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ADAMW_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
 PREFIX_SHARE = 0.25  # share of the sequences with a clean prefix, as sampling has one
-SPREAD = 1.0        # width in logits of the bell from which t is drawn (ablations.md)
-LATE_SPREAD = 1.7   # the width after --init: nearly uniform, as the bound weighs all levels alike
 FLAT_SHARE = 1 / 16  # share of the sequences with uniform t; a bell of width 1 never draws t = 1
-OPENING = 0.5       # share of the run in which the range of t widens from 40% to all of it:
-                    # at first many visible neighbours teach the most. Not after --init
 TEACHER_SHARE = 0.5  # of the loss, where there is a teacher; the rest is the text's
 HELD_OUT = 40_000   # characters at the start of the train split (a tenth of a short one): those at
                     # its end belong to the play that most of the validation split comes from
 QUICK = {"passes": 4, "windows": 64, "seed": 0}  # the same crops and masks at every evaluation
 SIZES = [field.name for field in fields(DiffusionConfig) if field.name != "mask_token_id"]
-NOT_SETTINGS = {"weights", "device", "resume", "eval_only", "state"}  # may differ on --resume
+NOT_SAVED = {"weights", "device", "resume"}  # settings that belong to a command, not to its run
+MAY_DIFFER = {"no_compile", "eval_interval", "data", "teachers"}  # on --resume; texts by checksum
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. --resume takes the settings of the saved run, --init the sizes of its file;
-    BadInput where a flag contradicts them."""
-    parser = CommandLine(__doc__)
-    add = parser.add_argument_group("files").add_argument
-    add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write, X.pt")
-    add("--data", nargs="+", default=[str(DEFAULT_DATA)], metavar="TEXT",
-        help="training text, whose last 10%% validates; all of any further texts is learned")
-    add("--teachers", nargs="+", default=[], metavar="WEIGHTS",
-        help="learn these models' probabilities too; one of them, in turn, at each step")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--init", metavar="WEIGHTS", help="start from these weights")
-    add("--resume", action="store_true", help="continue X.state.pt with the settings of that run")
-    add("--eval-only", action="store_true", help="print the validation bound of X.pt")
-    add = parser.add_argument_group("network and diffusion").add_argument
+# The command line ---------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[dict, dict]:
+    """The flags that were given, and the default of every flag, both by name."""
+    parser, defaults = CommandLine(__doc__), {}
+
+    def add(group, flag: str, default, help: str, **how) -> None:
+        defaults[flag.removeprefix("--").replace("-", "_")] = default
+        shown = default not in (None, False, [])
+        help += f" (default: {default})" if shown else ""
+        group.add_argument(flag, default=argparse.SUPPRESS, help=help, **how)
+
+    files = parser.add_argument_group("files")
+    add(files, "--weights", DEFAULT_WEIGHTS, "file to write, X.pt", type=Path)
+    add(files, "--data", [str(DEFAULT_DATA)], "training text, whose last 10%% validates; all of "
+        "any further texts is learned", nargs="+", metavar="TEXT")
+    add(files, "--first-share", None, "share of the sequences that come from the first text "
+        "(without it, every text counts by its length)", type=number(float, 0, 1))
+    add(files, "--teachers", [], "learn these models' probabilities too; one of them, in turn, at "
+        "each step", nargs="+", metavar="WEIGHTS")
+    mode = parser.add_mutually_exclusive_group()
+    add(mode, "--init", None, "start from these weights", metavar="WEIGHTS")
+    add(mode, "--resume", False, "continue X.state.pt with the settings of that run",
+        action="store_true")
+    add(mode, "--eval-only", False, "print the validation bound of X.pt", action="store_true")
+    network = parser.add_argument_group("network and diffusion")
     for size in SIZES:
-        add("--" + size.replace("_", "-"), type=int, default=getattr(DiffusionConfig, size),
-            help="256 for any UTF-8 text" if size == "vocab_size" else "see DiffusionConfig")
-    add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=COUNT, default=20_000, help="optimizer steps")
-    add("--max-minutes", type=number(float, 1e-3), help="train by the clock instead of --steps")
-    add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
-    add("--learning-rate", type=number(float, 1e-12), help="peak for the block matrices (default: "
-        "0.005, or 0.02 by the clock and in fewer than 10,000 steps)")
-    add("--decay", type=number(float, 0, 1), help="share of the run in which the learning rate "
-        "falls to zero (default: 1, or 0.5 where the learning rate is 0.02)")
-    add("--weight-decay", type=number(float, 0), default=0.0, help="of the block matrices")
-    add("--seed", type=SEED, default=1337, help="random seed")
-    add = parser.add_argument_group("running").add_argument
-    add("--eval-interval", type=COUNT, help="steps between saves (default: 250; on CUDA 1000)")
-    add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    add("--no-compile", action="store_true", help="without torch.compile, which takes a minute")
-    args = parser.parse_args(argv)
-    source, state, saved = args.init, None, {}
-    if args.resume:
-        source = state_beside(args.weights)
-        state = read_checkpoint(source)
-        if not isinstance(saved := state.get("args"), dict):
-            raise BadInput(f"{source}: weights alone, so there is nothing to resume")
-    elif source is not None:
-        saved = {name: x for name, x in read_checkpoint(source)["config"].items() if name in SIZES}
-    args = parser.parse_args(argv, argparse.Namespace(**saved))  # sets only what was given
-    for name in saved.keys() - {"no_compile", "eval_interval"}:
-        if getattr(args, name) != saved[name]:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+        about = "256 for any UTF-8 text" if size == "vocab_size" else "see DiffusionConfig"
+        add(network, "--" + size.replace("_", "-"), getattr(DiffusionConfig, size), about, type=int)
+    how_long = parser.add_mutually_exclusive_group()
+    add(how_long, "--steps", 20_000, "optimizer steps", type=COUNT)
+    add(how_long, "--max-minutes", None, "train by the clock instead, from the first step on",
+        type=number(float, 1e-3))
+    training = parser.add_argument_group("optimization")
+    add(training, "--batch-size", 64, "sequences per step, over all processes", type=COUNT)
+    add(training, "--learning-rate", None, "peak for the block matrices (default: 0.005, or 0.02 "
+        "by the clock and in fewer than 10,000 steps)", type=number(float, 1e-12))
+    add(training, "--decay", None, "share of the run in which the learning rate falls to zero "
+        "(default: 1, or 0.5 where the learning rate is 0.02)", type=number(float, 0, 1))
+    add(training, "--weight-decay", 0.0, "of the block matrices", type=number(float, 0))
+    add(training, "--seed", 1337, "random seed", type=SEED)
+    running = parser.add_argument_group("running")
+    add(running, "--eval-interval", None, "steps between evaluations (default: 250; on CUDA 1000)",
+        type=COUNT)
+    add(running, "--device", "auto", "auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
+    add(running, "--no-compile", False, "without torch.compile, which takes a minute",
+        action="store_true")
+    return vars(parser.parse_args(argv)), defaults
+
+
+def settle(given: dict, defaults: dict, saved: dict, source: Path | str) -> argparse.Namespace:
+    """The settings of a run: those that were given, else those that `source` has saved, else the
+    defaults. Raises BadInput where a given setting contradicts a saved one."""
+    for name in given.keys() & saved.keys() - MAY_DIFFER:
+        if given[name] != saved[name]:
+            flag = f"--{name.replace('_', '-')} {given[name]}"
             raise BadInput(f"{flag}: {source} has {saved[name]}")
+    args = argparse.Namespace(**{**defaults, **saved, **given})
     long = args.steps >= 10_000 and not args.max_minutes
     args.learning_rate = args.learning_rate or (0.005 if long else 0.02)
     args.decay = (1.0 if long else 0.5) if args.decay is None else args.decay
-    args.state = state
     return args
+
+
+# Texts --------------------------------------------------------------------------------------------
+
+
+class Texts(NamedTuple):
+    learned: torch.Tensor  # (N,) ids: what is learned of the first text, then all of the others
+    first_len: int         # characters of the first text in `learned`
+    held: torch.Tensor     # chooses the weights that are kept
+    val: torch.Tensor      # validates
+    sha256: list[str]      # of every text
+
+
+def read_texts(paths: list[str], config: DiffusionConfig) -> Texts:
+    """Raises BadInput for a text that can't be used, and for a further text that would teach the
+    validation split of the first one."""
+    train, val, sha256 = load_corpus(paths[0], config)
+    held, train = train.tensor_split([min(HELD_OUT, len(train) // 10)])
+    learned, checksums = [train], [sha256]
+    for path in paths[1:]:
+        *parts, sha256 = load_corpus(path, config)
+        whole = torch.cat(parts)
+        if bytes(val.numpy()) in bytes(whole.numpy()):
+            raise BadInput(f"--data {path}: holds the validation split of {paths[0]}, and all of a "
+                           "further text would be learned")
+        learned.append(whole)
+        checksums.append(sha256)
+    return Texts(torch.cat(learned), len(train), held, val, checksums)
 
 
 # Optimizers ---------------------------------------------------------------------------------------
@@ -172,41 +219,60 @@ def make_optimizers(model, learning_rate: float, weight_decay: float = 0.0):
     return optimizers
 
 
-def learning_rate_factor(progress: float, decay: float) -> float:
-    """Trapezoid over progress 0..1: a linear rise, a plateau, and a linear fall to zero."""
-    fall = (1 - progress) / decay if decay else 1.0
-    return max(0.0, min(1.0, progress / WARMUP, fall))
+# A training step, in the order in which `train` calls its parts -----------------------------------
 
 
-def update(model, optimizers, factor: float) -> None:
-    """Clips the gradient and takes a step at `factor` times the peak learning rates."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        optimizer.step()
-        optimizer.zero_grad()
+class Curriculum(NamedTuple):
+    """How the noise level t is drawn in the course of a run."""
+
+    spread: float   # width in logits of the bell from which t / S is drawn (ablations.md)
+    opening: float  # share of the run in which the range of t / S widens from 40% to all of it:
+                    # at first many visible neighbours teach the most
 
 
-# The batch and its loss ---------------------------------------------------------------------------
+FROM_SCRATCH = Curriculum(spread=1.0, opening=0.5)
+AFTER_INIT = Curriculum(spread=1.7, opening=0.0)  # nearly uniform, as the bound weighs levels
 
 
-def draw_batch(text, config, batch_size: int, generator, spread: float = SPREAD, opened=1.0):
-    """The batch of a step over all processes: x_0, x_t and masked (B, T), noise indices and loss
-    weights (B,), on the device of `text` and `generator`. (t - 1) / S is below `opened`."""
-    B, T, device = batch_size, config.sequence_len, text.device
-    starts = torch.randint(len(text) - T + 1, (B,), generator=generator, device=device)
-    x_0 = text[starts[:, None] + torch.arange(T, device=device)].long()
-    # t / S follows a logit-normal bell around 1/2, where a sequence has both something to read and
-    # something to predict (arXiv 2605.13026), stratified: one draw from each of B equal shares
-    strata = torch.randperm(B, generator=generator, device=device)
-    u, v, w, flat = torch.rand(4, B, generator=generator, device=device)
-    quantile = ((strata + u) / B).clamp(1e-4, 1 - 1e-4)
+def draw_levels(B: int, S: int, progress: float, generator, device, curriculum=FROM_SCRATCH):
+    """Noise levels t (B,) in 1..S at `progress` (0..1) of the run."""
+    # Stratified: one draw from each of B equal shares of the distribution
+    share = torch.randperm(B, generator=generator, device=device)
+    u, flat = torch.rand(2, B, generator=generator, device=device)
+    quantile = ((share + u) / B).clamp(1e-4, 1 - 1e-4)
+    # A logit-normal bell around 1/2, where a sequence has both something to read and something to
+    # predict (arXiv 2605.13026)
     normal = math.sqrt(2) * torch.erfinv(2 * quantile - 1)  # MPS has no ndtri
-    noise = torch.where(flat < FLAT_SHARE, quantile, torch.sigmoid(spread * normal))
-    t = (noise * opened * config.diffusion_steps).long() + 1
-    prefix_len = (1 + v * config.context_len).long().clamp(max=config.context_len)
-    x_t, masked = q_sample(x_0, t, config, generator, prefix_len * (w < PREFIX_SHARE))
+    bell = torch.sigmoid(curriculum.spread * normal)
+    noise = torch.where(flat < FLAT_SHARE, quantile, bell)
+    opened = 1.0
+    if progress < curriculum.opening:
+        opened = 0.4 + 0.6 * progress / curriculum.opening
+    return (noise * opened * S).long() + 1
+
+
+def draw_starts(length: int, T: int, B: int, generator, device, first_len: int, first_share):
+    """Where in a text of `length` the sequences begin, (B,): anywhere, or with probability
+    `first_share` in its first `first_len` characters."""
+    draw = partial(torch.randint, size=(B,), generator=generator, device=device)
+    if first_share is None:
+        return draw(0, length - T + 1)
+    first, further = draw(0, first_len - T + 1), draw(first_len, length - T + 1)
+    u = torch.rand(B, generator=generator, device=device)
+    return torch.where(u < first_share, first, further)
+
+
+def draw_batch(text, config, batch_size: int, generator, progress: float = 1.0,
+               curriculum=FROM_SCRATCH, first_len: int = 0, first_share: float | None = None):
+    """The batch of a step over all processes: x_0, x_t and masked (B, T), time indices and loss
+    weights (B,), on the device of `text` and `generator`."""
+    B, T, device = batch_size, config.sequence_len, text.device
+    starts = draw_starts(len(text), T, B, generator, device, first_len, first_share)
+    x_0 = text[starts[:, None] + torch.arange(T, device=device)].long()
+    t = draw_levels(B, config.diffusion_steps, progress, generator, device, curriculum)
+    u, v = torch.rand(2, B, generator=generator, device=device)
+    prefix_len = (1 + u * config.context_len).long().clamp(max=config.context_len)
+    x_t, masked = q_sample(x_0, t, config, generator, prefix_len * (v < PREFIX_SHARE))
     # Equal weights and uniform t would make the loss the bound (RADD, arXiv 2406.03736), but too
     # noisy: a sequence with one masked character would count as much as one with 256. The square
     # root trades a little of the objective for much less noise.
@@ -225,17 +291,33 @@ def distilled_nll(log_p, log_q, masked):
 def batch_loss(network, batch, teacher=None):
     """The loss of a batch as `draw_batch` gives it, or of some of its rows. A teacher judges the
     same x_t, and its probabilities are learned beside the text."""
-    x_0, x_t, masked, index, weight = batch
+    x_0, x_t, masked, time_index, weight = batch
     with autocast(x_t.device):
-        log_p = network(x_t, index)                                 # (B, T, V)
+        log_p = network(x_t, time_index)                            # (B, T, V)
         if teacher is not None:
             with torch.no_grad():
-                log_q = teacher(x_t, index)                         # (B, T, V)
+                log_q = teacher(x_t, time_index)                    # (B, T, V)
     nll = masked_nll(log_p, x_0, masked)                            # (B,)
     if teacher is not None:
         soft = distilled_nll(log_p, log_q, masked)                  # (B,)
         nll = TEACHER_SHARE * soft + (1 - TEACHER_SHARE) * nll
     return (nll * weight).sum()
+
+
+def learning_rate_factor(progress: float, decay: float) -> float:
+    """Trapezoid over progress 0..1: a linear rise, a plateau, and a linear fall to zero."""
+    fall = (1 - progress) / decay if decay else 1.0
+    return max(0.0, min(1.0, progress / WARMUP, fall))
+
+
+def update(model, optimizers, factor: float) -> None:
+    """Clips the gradient and takes a step at `factor` times the peak learning rates."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 # Processes, signals, compilation ------------------------------------------------------------------
@@ -255,10 +337,12 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if args.batch_size % world:
         raise BadInput(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
-    if cuda := args.device != "cpu" and torch.cuda.is_available():
+    name = args.device
+    if torch.cuda.is_available() and name != "cpu":
         torch.cuda.set_device(local)  # first, or every process opens a context on GPU 0
-    # MPS, which "auto" may find, can't exchange gradients
-    device = pick_device("cpu" if args.device == "auto" and not cuda else args.device)
+    elif name == "auto":
+        name = "cpu"  # pick_device may find MPS, which can't exchange gradients
+    device = pick_device(name)
     # The others wait while the leader evaluates, so the limit is generous; a process that dies
     # closes its connections and is noticed at once
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -268,21 +352,22 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
 
 def agree(progress: float, signum: int, device: torch.device) -> tuple[float, int]:
     """The largest progress of any process, and the signal that stops one of them, or 0."""
-    if dist.is_initialized():
-        shared = torch.tensor([progress, signum], dtype=torch.float64, device=device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        progress, signum = shared[0].item(), int(shared[1].item())
-    return progress, signum
+    if not dist.is_initialized():
+        return progress, signum
+    shared = torch.tensor([progress, signum], dtype=torch.float64, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    progress, signum = shared.tolist()
+    return progress, int(signum)
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Inside, SIGINT, SIGTERM and SIGHUP only add their number to the list, unless they were
     ignored before (nohup). Windows has no SIGHUP."""
-    received = []
-    stops = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    before = {signum: signal.signal(signum, lambda n, frame: received.append(n))
-              for signum in stops if signal.getsignal(signum) != signal.SIG_IGN}
+    received, before = [], {}
+    for signum in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            before[signum] = signal.signal(signum, lambda number, frame: received.append(number))
     try:
         yield received
     finally:
@@ -296,21 +381,54 @@ def compiled(model, batch_size: int, learns: bool = True):
     Inductor's CPU code, which makes gradients silently wrong, so it is told not to."""
     gcc = {"cpp.cxx": (None, f"{os.environ.get('CXX', 'g++')} -fno-dse")}
     network = torch.compile(model, options=gcc if sys.platform == "linux" else None)
-    device = next(model.parameters()).device
-    x_t = torch.zeros(batch_size, model.config.sequence_len, dtype=torch.long, device=device)
+    device, T = next(model.parameters()).device, model.config.sequence_len
+    x_t = torch.full((batch_size, T), model.config.mask_token_id, device=device)
+    masked = torch.ones_like(x_t, dtype=torch.bool)
     try:
         with autocast(device), torch.set_grad_enabled(learns):
-            log_p = network(x_t, x_t[:, 0].contiguous())
+            log_p = network(x_t, noise_index(masked, model.config.diffusion_steps))
         if learns:
-            log_p[..., 1].sum().backward()
+            masked_nll(log_p, x_t + 1, masked).sum().backward()
     except Exception as error:  # no compiler, a broken one, no support: torch raises many kinds
-        warn(f"torch.compile failed, continuing without it: {error!r:.200}".splitlines()[0])
+        say(f"torch.compile failed, continuing without it: {error!r:.200}".splitlines()[0])
         network = model
     model.zero_grad()
     return network
 
 
-# Files --------------------------------------------------------------------------------------------
+# The run and its files ----------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """All that a run changes as it goes, which its state has to hold."""
+
+    model: DiffusionTransformer
+    optimizers: list[torch.optim.Optimizer]
+    generator: torch.Generator
+    step: int = 0
+    seconds: float = 0.0  # in the loop
+    log: list[dict] = field(default_factory=list)  # a row of bounds for every evaluation
+    best: dict = field(default_factory=dict)  # the row of the least held-out bound, its weights
+
+    def state(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "generator": self.generator.get_state(),
+            "run": {"step": self.step, "seconds": self.seconds, "log": self.log},
+            "best": self.best,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Continues from what `state` returned. Raises KeyError, TypeError, ValueError or
+        RuntimeError where another kind of run did."""
+        self.model.load_state_dict(state["model"])
+        for optimizer, contents in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(contents)
+        self.generator.set_state(state["generator"])
+        self.step, self.seconds = state["run"]["step"], state["run"]["seconds"]
+        self.log, self.best = state["run"]["log"], state["best"]
 
 
 def state_beside(weights: Path) -> Path:
@@ -319,78 +437,89 @@ def state_beside(weights: Path) -> Path:
     return Path(path.removesuffix(".pt") + ".state.pt")
 
 
-def claim_files(args: argparse.Namespace, config, sha256: str, val, device, run: dict) -> None:
-    """Sets the mark of a new run, which is the quick validation bound of the weights that are there
-    or infinity, and creates its state, which refuses a second run. Raises BadInput for files that
-    no run has written, and for weights of another text or vocabulary."""
-    weights, state = args.weights, state_beside(args.weights)
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the operating system's lock on a file beside `path`; it ends with the process, however
+    that ends. Raises BadInput where another process has it. Windows has no such lock."""
+    if not fcntl:
+        yield
+        return
+    lock = Path(f"{path}.lock")
+    with open(lock, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"{path}: its run is going on") from error
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+@contextmanager
+def claimed(weights: Path, resume: bool) -> Iterator[None]:
+    """Inside, no other run can have X.pt and X.state.pt. Raises BadInput where a run is going on,
+    where a new run would replace the state of another, and for files that no run wrote."""
+    state = state_beside(weights)
     if weights.suffix != ".pt" or weights.name.endswith(".state.pt"):
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
     if weights.exists():
-        model, meta = load_weights(weights, device)
-        if meta.get("corpus_sha256", sha256) != sha256:
-            raise BadInput(f"{weights} learned another text; choose another --weights")
-        if model.config.vocab_size != config.vocab_size:
-            raise BadInput(f"{weights} has vocab_size {model.config.vocab_size}, not "
-                           f"{config.vocab_size}; choose another --weights")
-        if not args.resume:
-            run["mark"] = nelbo(model, val, **QUICK)[0]
-    else:
-        run["best"] = math.inf  # a resumed run's weights have gone
-    try:
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        state.touch(exist_ok=args.resume)
-    except FileExistsError as error:
-        raise BadInput(f"{state} holds a run: --resume continues it, or delete it") from error
+        read_checkpoint(weights)
+    state.parent.mkdir(parents=True, exist_ok=True)
+    with locked(state):
+        if fcntl and state.exists() and not state.stat().st_size:
+            state.unlink()  # a run was killed before its first save
+        try:
+            state.touch(exist_ok=resume)
+        except FileExistsError as error:
+            raise BadInput(f"{state} holds a run: --resume continues it, or delete it") from error
+        for name in weights.name, state.name:  # remove what a killed run was writing
+            for temporary in state.parent.glob(f"{glob.escape(name[:30])}.[0-9]*.tmp"):
+                temporary.unlink()
+        try:
+            yield
+        finally:
+            if state.exists() and not state.stat().st_size:
+                state.unlink()
 
 
-def saved(save, *arguments) -> bool:
-    """Calls save(*arguments). One that fails, as on a full disk, ends no run: the next one tries
+def try_to(save, *arguments) -> None:
+    """Calls save(*arguments). A save that fails, as on a full disk, ends no run: the next one tries
     again."""
     try:
         save(*arguments)
     except (OSError, RuntimeError) as error:  # torch.save makes the one the other
-        warn(f"not saved, the next save tries again: {str(error).splitlines()[0]}")
-        return False
-    return True
+        say(f"not saved, the next save tries again: {str(error).splitlines()[0]}")
 
 
-def save_state(args, about: dict, model, optimizers, generator, run: dict) -> None:
-    """The state from which --resume continues."""
-    contents = {
-        "model": model.state_dict(), "config": asdict(model.config), "meta": about,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers], "run": run,
-        "args": {name: x for name, x in vars(args).items() if name not in NOT_SETTINGS},
-        "generator": generator.get_state(),
-    }
+def save_state(args: argparse.Namespace, about: dict, run: Run) -> None:
+    """Writes the state from which --resume continues."""
+    settings = {name: x for name, x in vars(args).items() if name not in NOT_SAVED}
+    for name in "data", "teachers":  # --resume may be typed in another folder
+        settings[name] = [path if path == "-" else os.path.abspath(path) for path in settings[name]]
+    contents = {**run.state(), "config": asdict(run.model.config), "meta": about, "args": settings}
     with replacing(state_beside(args.weights)) as file:
         torch.save(contents, file)
 
 
-# The run ------------------------------------------------------------------------------------------
-
-
-def evaluate(args, about: dict, model, run: dict, splits: dict) -> None:
-    """Adds the quick bounds of all splits to the log; keeps the weights if they are the best of the
-    run on the held-out split and beat those that were there; shows the bounds and some text."""
-    bounds = {name: nelbo(model, ids, **QUICK) for name, ids in splits.items()}
-    row = {
-        "step": run["step"], "seconds": round(run["seconds"]),
-        "characters_seen": run["step"] * args.batch_size * args.sequence_len,
-        **{f"{name}_nelbo": mean for name, (mean, _) in bounds.items()},
-        "val_nelbo_error": bounds["val"][1],
-    }
-    run["log"].append(row)
-    if row["held_nelbo"] < run["best"] and row["val_nelbo"] < run["mark"]:
-        if saved(save_weights, model, {**about, **row, "log": run["log"]}, args.weights):
-            run["best"] = row["held_nelbo"]
-    device = next(model.parameters()).device
-    blank = torch.full((1, args.sequence_len), model.config.mask_token_id, device=device)
+def evaluate(args: argparse.Namespace, run: Run, texts: Texts) -> None:
+    """Adds the quick bounds of the train split and the held-out slice to the log, keeps the weights
+    if they are the best so far, and shows the bounds and some text."""
+    splits = {"train": texts.learned[: texts.first_len], "held": texts.held}
+    bounds = {f"{name}_nelbo": nelbo(run.model, ids, **QUICK)[0] for name, ids in splits.items()}
+    T, mask_token_id = run.model.config.sequence_len, run.model.config.mask_token_id
+    row = {"step": run.step, "seconds": round(run.seconds),
+           "characters_seen": run.step * args.batch_size * T, **bounds}
+    run.log.append(row)
+    if not run.best or row["held_nelbo"] < run.best["row"]["held_nelbo"]:
+        run.best = {"row": row, "model": bfloat16_state(run.model)}
+    device = next(run.model.parameters()).device
+    blank = torch.full((1, T), mask_token_id, device=device)
     rule, generator = partial(dilated, turns=32), torch.Generator().manual_seed(args.seed)
-    *_, x = denoise(model, blank, rule, 1.0, generator)
-    figures = ", ".join(f"{name} {mean:.4f}" for name, (mean, _) in bounds.items())
-    warn(f"\nstep {run['step']}, {run['seconds'] / 60:.1f} min, NELBO in nats per character: "
-         f"{figures}\n{decode_tokens(x[0])}\n")
+    *_, x = denoise(run.model, blank, rule, 1.0, generator)
+    say(f"\nstep {run.step}, {run.seconds / 60:.1f} min, NELBO in nats per character: "
+        f"train {row['train_nelbo']:.4f}, held-out {row['held_nelbo']:.4f}\n"
+        f"{decode_tokens(x[0])}\n")
 
 
 def show_bound(path: Path, mean: float, error: float) -> None:
@@ -398,153 +527,193 @@ def show_bound(path: Path, mean: float, error: float) -> None:
           f"({mean / math.log(2):.4f} bits)")
 
 
-def finish(args, val, device: torch.device, run: dict) -> None:
-    """The full bound of what the run wrote, into the file and onto the screen."""
-    state = state_beside(args.weights)
-    if run["best"] == math.inf:
-        advice = f"this run's model: uv run sample.py --weights {shlex.quote(str(state))}"
-        if run["mark"] == math.inf:
-            raise BadInput(f"{args.weights} was not written, for want of time or space; {advice}")
-        return print(f"{args.weights} was better and stays; {advice}")
-    model, meta = load_weights(args.weights, device)
-    mean, error = nelbo(model, val)
-    meta |= {"val_nelbo": mean, "val_nelbo_error": error, "log": run["log"]}
-    if saved(save_weights, model, meta, args.weights):
-        state.unlink()
+def finish(args: argparse.Namespace, about: dict, run: Run, val) -> None:
+    """Writes the run's best weights with their full bound, moves aside what stood there, and says
+    so. The last line is the command that writes with the weights."""
+    run.model.load_state_dict(run.best["model"])
+    mean, error = nelbo(run.model, val)
+    meta = {**about, **run.best["row"], "val_nelbo": mean, "val_nelbo_error": error, "log": run.log}
+    score = None
+    if args.weights.exists():
+        score = read_checkpoint(args.weights)["meta"].get("val_nelbo")
+    try:
+        aside = save_weights(run.model, meta, args.weights)
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"{args.weights} was not written ({error}); --resume tries again") from error
+    state_beside(args.weights).unlink()
+    if aside:
+        scored = f" ({score:.4f})" if isinstance(score, float) else ""
+        print(f"{args.weights}{scored} is {os.path.relpath(aside)} now")
     show_bound(args.weights, mean, error)
+    print(f"write with it: {sample_command(args.weights)}")
 
 
-def start_run(args, config, texts: list[str], device: torch.device):
-    """All that a run changes as it goes, fresh or from --init or the saved state: model,
-    optimizers, generator, and what it has to remember."""
+def start_run(args: argparse.Namespace, state: dict | None, device: torch.device) -> Run:
+    """A run from random weights, from those of --init, or from the state of a run."""
     torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    fresh = args.resume or not args.init
-    model = (DiffusionTransformer(config) if fresh else load_weights(args.init)[0]).to(device)
+    source = state_beside(args.weights) if state else args.init
+    if source:
+        model, _ = load_weights(source)
+    else:
+        sizes = {size: getattr(args, size) for size in SIZES}
+        model = DiffusionTransformer(DiffusionConfig(**sizes))
+    model = model.to(device)
     optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
-    run = {"step": 0, "seconds": 0.0, "best": math.inf, "mark": math.inf, "log": []}
-    if args.resume:
+    run = Run(model, optimizers, torch.Generator(device).manual_seed(args.seed))
+    if state:
         try:
-            run |= args.state["run"]
-            model.load_state_dict(args.state["model"])
-            for optimizer, contents in zip(optimizers, args.state["optimizers"], strict=True):
-                optimizer.load_state_dict(contents)
-            generator.set_state(args.state["generator"])
-            if (args.state["meta"]["texts"], args.state["meta"]["device"]) != (texts, device.type):
-                raise ValueError(f"it learned other texts than {args.data}, or not on {device}")
+            run.restore(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = str(error).splitlines()[0]
-            raise BadInput(f"{state_beside(args.weights)}: not this run's state ({why})") from error
-    return model, optimizers, generator, run
+            raise BadInput(f"{source}: not the state of such a run ({why})") from error
+    return run
 
 
-def train(args: argparse.Namespace, command: str) -> int:
-    """The run. Returns 0 at its end, or the number of the signal that stopped it."""
-    clock = time.perf_counter()
-    rank, world, device = start_processes(args)
-    leader = rank == 0
-
-    # Texts: what is learned, what chooses the weights that are kept, what validates
-    config = DiffusionConfig(**{size: getattr(args, size) for size in SIZES})
-    train_split, val, sha256 = load_corpus(args.data[0], config)
-    held, train_split = train_split.tensor_split([min(HELD_OUT, len(train_split) // 10)])
-    further = [load_corpus(path, config) for path in args.data[1:]]
-    texts = [sha256, *(sha256 for _, _, sha256 in further)]
-    text = torch.cat((train_split, *(part for parts in further for part in parts[:2]))).to(device)
-
-    # Model, optimizers, files
-    model, optimizers, generator, run = start_run(args, config, texts, device)
-    teachers = [load_weights(path, device)[0] for path in args.teachers]
-    for path, teacher in zip(args.teachers, teachers, strict=True):
+def load_teachers(paths: list[str], config: DiffusionConfig, device) -> list[DiffusionTransformer]:
+    """Raises BadInput for a teacher that judges other sequences than the student's."""
+    teachers = [load_weights(path, device)[0] for path in paths]
+    for path, teacher in zip(paths, teachers, strict=True):
         for size in ("sequence_len", "vocab_size", "mask_token_id", "diffusion_steps"):
             if (found := getattr(teacher.config, size)) != (wanted := getattr(config, size)):
                 raise BadInput(f"--teachers {path}: has {size} {found}, not {wanted}")
-    about = {
-        "texts": texts, "corpus_sha256": sha256, "seed": args.seed, "command": command,
-        "torch": str(torch.__version__), "device": device.type, "hardware": f"{world} x "
-        f"{device.type}, {torch.get_num_threads()} threads, bfloat16 {multiplies_bf16(device)}",
+    return teachers
+
+
+def describe(args: argparse.Namespace, texts: Texts, device, world: int, command: str) -> dict:
+    """What the weights will tell about their run."""
+    return {
+        "texts": texts.sha256, "corpus_sha256": texts.sha256[0], "seed": args.seed,
+        "teachers": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.teachers],
+        "command": command, "torch": str(torch.__version__), "device": device.type,
+        "hardware": f"{world} x {device.type}, {torch.get_num_threads()} threads, "
+                    f"bfloat16 {multiplies_bf16(device)}",
     }
-    save = partial(save_state, args, about, model, optimizers, generator, run)
-    if leader:
-        claim_files(args, config, sha256, val, device, run)
-        saved(save)
 
-    # Compile and DDP
-    rows = args.batch_size // world
-    mine = slice(rank * rows, (rank + 1) * rows)  # of the batch
-    network = model
-    if not args.no_compile and device.type != "mps":
-        network = compiled(model, rows)
-        teachers = [compiled(teacher, rows, learns=False) for teacher in teachers]
-    if world > 1:
-        network = DistributedDataParallel(network)
-        network.broadcast_buffers = False  # the rotary tables never change
-    if leader:
-        beat = f"; mark to beat: {run['mark']:.4f}" if run["mark"] < math.inf else ""
-        warn(f"training on {about['hardware']}{beat}")
 
-    # The loop
-    spread = LATE_SPREAD if args.init else SPREAD
-    interval = args.eval_interval or (1000 if device.type == "cuda" else 250)
-    splits = {"train": train_split, "held": held, "val": val}
-    bar = tqdm(total=None if args.max_minutes else args.steps, initial=run["step"], unit="step",
-               disable=None if leader else True)  # None: silent unless stderr is a terminal
-    with stop_signals() as received, bar:
-        while True:
-            # Where the run is, by the clock or by the count; all processes agree on it
-            now = time.perf_counter()
-            run["seconds"], clock = run["seconds"] + now - clock, now
-            progress = run["step"] / args.steps
-            if args.max_minutes:
-                progress = run["seconds"] / (60 * args.max_minutes)
-            progress, signum = agree(progress, received[0] if received else 0, device)
-            finished = progress >= 1
+def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
+    """The run. Returns 0 at its end, or the number of the signal that stopped it."""
+    rank, world, device = start_processes(args)
+    leader = rank == 0
+    if world > 1 and "-" in args.data:
+        raise BadInput("--data -: several processes can't share one stdin; give a file")
 
-            # Evaluate and save; a run that is told to stop saves only, as it may not be given long
-            due = finished or signum or run["step"] % interval == 0
-            evaluated = run["log"][-1]["step"] if run["log"] else 0
-            if leader and due and run["step"] > evaluated:
-                if finished or not signum:
-                    evaluate(args, about, model, run, splits)
-                saved(save)
-            if finished or signum:
-                break
+    # Model, optimizers, texts, teachers
+    run = start_run(args, state, device)
+    config = run.model.config
+    texts = read_texts(args.data, config)
+    text = texts.learned.to(device)
+    teachers = load_teachers(args.teachers, config, device)
+    about = describe(args, texts, device, world, command)
+    for name in ("texts", "teachers", "device") if state else ():
+        if state["meta"].get(name) != about[name]:
+            raise BadInput(f"{state_beside(args.weights)}: its run has other {name} "
+                           f"({state['meta'].get(name)}, not {about[name]})")
 
-            # The batch. Every process draws the whole and keeps its rows, so that the batch does
-            # not depend on their number
-            opened = 1.0 if args.init else min(1.0, 0.4 + 0.6 * progress / OPENING)
-            batch = draw_batch(text, config, args.batch_size, generator, spread, opened)
-            batch = [part[mine] for part in batch]
-            teacher = teachers[run["step"] % len(teachers)] if teachers else None
+    with claimed(args.weights, args.resume) if leader else nullcontext():
+        # Compile and DDP
+        if leader:
+            say(f"training on {about['hardware']}")
+        rows = args.batch_size // world
+        mine = slice(rank * rows, (rank + 1) * rows)  # of the batch
+        network = run.model
+        if not args.no_compile and device.type != "mps":
+            if leader:
+                say("compiling, about a minute")
+            network = compiled(run.model, rows)
+            teachers = [compiled(teacher, rows, learns=False) for teacher in teachers]
+        if world > 1:
+            network = DistributedDataParallel(network)
+            network.broadcast_buffers = False  # the rotary tables never change
 
-            # Forward, loss, backward, update
-            loss = batch_loss(network, batch, teacher) * world  # DDP takes the processes' mean
-            loss.backward()
-            factor = learning_rate_factor(progress, args.decay)
-            update(model, optimizers, factor)
-            if not math.isfinite(loss.item()):
-                raise BadInput(f"the loss at step {run['step']} is {loss.item()}: stopped; the "
-                               "last save stays. A lower --learning-rate may help")
-            run["step"] += 1
-            bar.update()
-            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {args.learning_rate * factor:.4f}")
+        # The loop
+        curriculum = AFTER_INIT if args.init else FROM_SCRATCH
+        interval = args.eval_interval or (1000 if device.type == "cuda" else 250)
+        bar = tqdm(total=round(60 * args.max_minutes) if args.max_minutes else args.steps,
+                   bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+                   disable=None if leader else True)  # None: silent unless stderr is a terminal
+        clock = time.perf_counter()
+        with stop_signals() as received, bar:
+            while True:
+                # Where the run is, by the clock or by the count; all processes agree on it
+                now = time.perf_counter()
+                run.seconds, clock = run.seconds + now - clock, now
+                progress = run.step / args.steps
+                if args.max_minutes:
+                    progress = run.seconds / (60 * args.max_minutes)
+                progress, signum = agree(progress, received[0] if received else 0, device)
+                finished = progress >= 1
 
-    if leader and finished:
-        finish(args, val, device, run)
-    elif leader:
-        warn(f"stopped after step {run['step']}; continue: uv run training.py --resume --weights "
-             f"{shlex.quote(str(args.weights))}")
+                # Evaluate and save; a run that is told to stop saves only, as it may not be given
+                # long
+                due = finished or signum or run.step % interval == 0
+                evaluated = run.log[-1]["step"] if run.log else 0
+                if leader and due and (run.step > evaluated or signum):
+                    if finished or not signum:
+                        evaluate(args, run, texts)
+                    try_to(save_state, args, about, run)
+                if finished or signum:
+                    break
+
+                # The batch. Every process draws the whole and keeps its rows, so that the batch
+                # does not depend on their number
+                batch = draw_batch(text, config, args.batch_size, run.generator, progress,
+                                   curriculum, texts.first_len, args.first_share)
+                batch = [part[mine] for part in batch]
+                teacher = teachers[run.step % len(teachers)] if teachers else None
+
+                # Forward, loss, backward, update
+                loss = batch_loss(network, batch, teacher) * world  # DDP takes the processes' mean
+                loss.backward()
+                factor = learning_rate_factor(progress, args.decay)
+                update(run.model, run.optimizers, factor)
+                if not math.isfinite(loss.item()):
+                    raise BadInput(f"the loss at step {run.step} is {loss.item()}: stopped; the "
+                                   "last save stays. A lower --learning-rate may help")
+                run.step += 1
+                bar.update(round(progress * bar.total) - bar.n)
+                bar.set_postfix_str(f"step {run.step}, loss {loss.item():.3f}, "
+                                    f"lr {args.learning_rate * factor:.4f}")
+
+        if leader and finished:
+            finish(args, about, run, texts.val)
+        elif leader:
+            say(f"stopped after step {run.step}; continue: uv run training.py --resume --weights "
+                f"{shlex.quote(str(args.weights))}")
     return 0 if finished else signum
 
 
+def evaluate_only(given: dict, defaults: dict) -> None:
+    """Prints the validation bound of the weights."""
+    for name in given.keys() - {"eval_only", "weights", "data", "device"}:
+        raise BadInput(f"--eval-only: --{name.replace('_', '-')} changes nothing; it takes "
+                       "--weights, --data and --device")
+    args = argparse.Namespace(**{**defaults, **given})
+    if len(args.data) > 1:
+        raise BadInput(f"--eval-only: --data takes one text, not {len(args.data)}")
+    model, _ = load_weights(args.weights, pick_device(args.device))
+    _, val, _ = load_corpus(args.data[0], model.config)
+    show_bound(args.weights, *nelbo(model, val))
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    if args.eval_only:
-        model, _ = load_weights(args.weights, pick_device(args.device))
-        return show_bound(args.weights, *nelbo(model, load_corpus(args.data[0], model.config)[1]))
+    given, defaults = parse_arguments(argv)
+    if "eval_only" in given:
+        return evaluate_only(given, defaults)
+    state, saved, source = None, {}, given.get("init")
+    if "resume" in given:
+        source = state_beside(given.get("weights", DEFAULT_WEIGHTS))
+        state = read_checkpoint(source)
+        if not isinstance(saved := state.get("args"), dict):
+            raise BadInput(f"{source}: weights alone, so there is nothing to resume")
+    elif source is not None:
+        config = read_checkpoint(source)["config"]
+        saved = {size: config[size] for size in SIZES if size in config}
+    args = settle(given, defaults, saved, source)
+    if args.first_share is not None and len(args.data) == 1:
+        raise BadInput(f"--first-share {args.first_share}: there is one text; --data takes more")
     words = sys.argv[1:] if argv is None else argv
     try:
-        signum = train(args, shlex.join(["uv", "run", "training.py", *map(str, words)]))
+        signum = train(args, state, shlex.join(["uv", "run", "training.py", *map(str, words)]))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -553,4 +722,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

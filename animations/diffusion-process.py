@@ -8,7 +8,7 @@
 import torch
 
 from drawing import command_line, panel, show
-from model import COUNT, run
+from model import COUNT, start
 from sample import add_sampler_arguments, draft_and_correct, sampler_config
 
 
@@ -42,4 +42,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

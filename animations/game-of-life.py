@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 
 from drawing import command_line, panel, show
-from model import COUNT, TEMPERATURE, number, run
+from model import COUNT, TEMPERATURE, number, start
 from sample import denoise, dilated, uniform
 
 ROWS, COLS = 20, 64  # of the torus: what a terminal of 80 x 24 shows
@@ -60,4 +60,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

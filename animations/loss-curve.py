@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from drawing import picture_path
-from model import DEFAULT_WEIGHTS, BadInput, CommandLine, read_checkpoint, replacing, run
+from model import DEFAULT_WEIGHTS, BadInput, CommandLine, read_checkpoint, replacing, start
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,4 +38,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -23,7 +23,7 @@ import torch
 
 import drawing
 import sample
-from model import SEED, BadInput, CommandLine, encode_text, noise_index, number, pick_device, run
+from model import SEED, BadInput, CommandLine, encode_text, noise_index, number, pick_device, start
 
 MAX_BODY = 64 * 1024
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -166,4 +166,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

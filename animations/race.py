@@ -12,7 +12,7 @@ from itertools import chain, zip_longest
 import torch
 
 from drawing import command_line, panel, show
-from model import TEMPERATURE, BadInput, encode_text, run
+from model import TEMPERATURE, BadInput, encode_text, start
 from sample import SamplerConfig, draft_and_correct, left_to_right
 
 
@@ -55,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

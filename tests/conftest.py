@@ -11,7 +11,9 @@ for name in ("COLUMNS", "LINES", "NO_COLOR", "MPLBACKEND", "PYTHONIOENCODING", "
     os.environ.pop(name, None)
 
 import contextlib
+import errno
 import importlib
+import io
 import itertools
 import multiprocessing
 import re
@@ -26,7 +28,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import DiffusionConfig, DiffusionTransformer, run, save_weights
+from model import DiffusionConfig, DiffusionTransformer, save_weights, start
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = DiffusionConfig(sequence_len=32, n_layer=2, n_head=2, n_embd=32, context_len=4)
@@ -42,6 +44,12 @@ def random_model(config=TINY, seed=0):
             if not parameter.any():
                 parameter.normal_(std=0.3)
     return model.eval()
+
+
+# A run of training.py that takes a second
+SIZES = ["--n-layer", 1, "--n-embd", 16, "--n-head", 1, "--sequence-len", 32, "--context-len", 4]
+SETTINGS = ["--batch-size", 8, "--eval-interval", 6, "--no-compile", "--device", "cpu"]
+TINY_RUN = [*SIZES, *SETTINGS]
 
 
 class TableModel(torch.nn.Module):
@@ -149,6 +157,51 @@ def tiny_weights(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 60, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole_run(small_corpus, tmp_path_factory):
+    """The weights of a run of 18 steps."""
+    weights = tmp_path_factory.mktemp("run") / "w.pt"
+    files = ["--data", small_corpus, "--weights", weights]
+    run = Training(*files, "--steps", 18, *TINY_RUN).wait()
+    assert run.process.exitcode == 0, run.output
+    return weights
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """A list that gets the text from which a training step draws its batch, at every step."""
+    training, texts = importlib.import_module("training"), []
+    draw_batch = training.draw_batch
+
+    def spy(text, *rest):
+        texts.append(text)
+        return draw_batch(text, *rest)
+
+    monkeypatch.setattr(training, "draw_batch", spy)
+    return texts
+
+
+class Gone(io.StringIO):
+    """A stream that can't be written: a full disk, or a closed terminal."""
+
+    def __init__(self, number=errno.ENOSPC, terminal=False):
+        super().__init__()
+        self.number, self.terminal = number, terminal
+
+    def write(self, text):
+        raise OSError(self.number, "gone")
+
+    def isatty(self):
+        return self.terminal
+
+
 @pytest.fixture
 def command(capsys):
     """Calls a script's main in this process, because a new process would import torch for seconds.
@@ -156,7 +209,7 @@ def command(capsys):
 
     def call(main, *arguments):
         try:
-            run(partial(main, [str(argument) for argument in arguments]))
+            start(partial(main, [str(argument) for argument in arguments]))
             code = 0
         except SystemExit as exit:
             code = exit.code
@@ -183,7 +236,7 @@ def _run_training(arguments, log):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["training.py", *arguments]
-    run(importlib.import_module("training").main)
+    start(importlib.import_module("training").main)
 
 
 class Training:

@@ -146,7 +146,7 @@ def test_some_tests_pass_in_a_dumb_terminal_a_notebook_and_a_cluster():
     some = "redraws or honoured or curve or folder_is_refused"
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-qp", "no:cacheprovider", "tests/test_animations.py",
-         "tests/test_training.py", "-k", some], cwd=ROOT, env={**os.environ, **odd}, text=True,
+         "tests/test_runs.py", "-k", some], cwd=ROOT, env={**os.environ, **odd}, text=True,
         capture_output=True, encoding="utf-8", timeout=180,
     )
     assert process.returncode == 0, process.stdout

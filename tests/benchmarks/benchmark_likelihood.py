@@ -32,7 +32,7 @@ from causal_twin import TWIN_WEIGHTS, average, make_causal, next_log_p, nll_of
 
 from model import (
     COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, CommandLine, DiffusionTransformer, load_corpus,
-    masked_count_weights, masked_nll, noise_index, number, pick_device, run, spaced_windows,
+    masked_count_weights, masked_nll, noise_index, number, pick_device, spaced_windows, start,
 )
 from sample import load_for_sampling
 
@@ -134,4 +134,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

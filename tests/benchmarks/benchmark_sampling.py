@@ -46,7 +46,7 @@ from causal_twin import TWIN_WEIGHTS, continue_causally
 
 from model import (
     COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, CommandLine, decode_tokens, encode_text,
-    load_corpus, load_weights, pick_device, run, spaced_windows,
+    load_corpus, load_weights, pick_device, spaced_windows, start,
 )
 from sample import (
     SamplerConfig, ancestral, best_k, dilated, fill, left_to_right, load_for_sampling, lowest,
@@ -419,4 +419,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

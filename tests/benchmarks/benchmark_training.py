@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import (
     COUNT, DEFAULT_DATA, CommandLine, DiffusionConfig, DiffusionTransformer, load_corpus,
-    multiplies_bf16, run,
+    multiplies_bf16, start,
 )
 from training import batch_loss, compiled, draw_batch, make_optimizers, start_processes, update
 
@@ -183,4 +183,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

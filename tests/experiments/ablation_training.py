@@ -32,7 +32,7 @@ from causal_twin import causal
 
 from model import (
     DEFAULT_DATA, SEED, CommandLine, DiffusionConfig, DiffusionTransformer, autocast, load_corpus,
-    load_weights, nelbo, noise_index, number, q_sample, run, save_weights,
+    load_weights, nelbo, noise_index, number, q_sample, save_weights, start,
 )
 from training import batch_loss, compiled, make_optimizers, update
 
@@ -290,4 +290,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -30,7 +30,7 @@ from tqdm import trange
 from model import (
     COUNT, DEFAULT_DATA, ROOT, SEED, TEMPERATURE, BadInput, CommandLine, DiffusionConfig,
     DiffusionTransformer, autocast, decode_tokens, load_corpus, number, pick_device,
-    read_checkpoint, run, save_weights, warn,
+    read_checkpoint, save_weights, say, start,
 )
 from sample import draw, load_for_sampling
 from training import HELD_OUT, compiled, learning_rate_factor, make_optimizers, update
@@ -168,7 +168,7 @@ def incumbent(path: Path) -> float:
     meta = read_checkpoint(path)["meta"]
     if "held_nll" not in meta:
         raise BadInput(f"{path}: not a GPT twin, so not overwritten; choose another --weights")
-    warn(f"{path} has {meta['held_nll']:.4f} held-out nats per character; only a better twin "
+    say(f"{path} has {meta['held_nll']:.4f} held-out nats per character; only a better twin "
          "replaces it")
     return meta["held_nll"]
 
@@ -188,7 +188,7 @@ def train(args, device: torch.device) -> None:
         progress = step / args.steps if args.steps else minutes / args.max_minutes
         if step and (step % args.eval_interval == 0 or progress >= 1):
             held_nll = nats([model], held)
-            warn(f"step {step}: {held_nll:.4f} held-out nats per character")
+            say(f"step {step}: {held_nll:.4f} held-out nats per character")
             if held_nll < best:
                 best = held_nll
                 meta = {"step": step, "held_nll": held_nll, "val_nll": nats([model], val),
@@ -241,4 +241,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)
