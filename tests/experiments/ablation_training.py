@@ -10,7 +10,8 @@
 Each row is the baseline with the change that its name describes; a row whose name begins with
 "long:" is the recipe with that change. The recipe combines the changes that helped. training.py
 follows it in runs by the clock or of fewer than 10,000 steps. All runs of a command see the same
-number of characters and end with a learning rate of zero. ablations.md has a result for every row.
+number of characters and end with a learning rate of zero. The held-out slice, which no run learns,
+judges them; the validation split judges only what ships. ablations.md has a result for every row.
 """
 
 import os
@@ -34,7 +35,7 @@ from model import (
     DEFAULT_DATA, SEED, CommandLine, DiffusionConfig, DiffusionTransformer, autocast, load_corpus,
     load_weights, nelbo, noise_index, number, q_sample, save_weights, start,
 )
-from training import batch_loss, compiled, make_optimizers, update
+from training import HELD_OUT, batch_loss, compiled, make_optimizers, update
 
 CONFIG = DiffusionConfig(n_layer=4, n_head=4, n_embd=192)
 
@@ -273,19 +274,19 @@ def main(argv: list[str] | None = None) -> None:
     add("--characters", type=number(int, 8192), default=1_638_400,
         help="characters that every run sees")
     add("--share", type=number(float, 1e-3, 1), default=1.0,
-        help="share of the train split that the runs see; a smaller one means more epochs")
+        help="share of the text that the runs learn; a smaller one means more epochs")
     add("--seeds", type=SEED, nargs="+", default=[0], help="random seeds")
     add("--keep", type=Path, metavar="FOLDER", help="save the models there, and train no row again "
         "whose model is there with the same settings")
     args = parser.parse_args(argv)
-    tokens, val, _ = load_corpus(DEFAULT_DATA, CONFIG)
+    held, tokens = load_corpus(DEFAULT_DATA, CONFIG)[0].tensor_split([HELD_OUT])
     tokens = tokens[: int(args.share * len(tokens))]
     print(f"{args.characters} characters a run, {args.characters / len(tokens):.1f} epochs\n\n"
-          "| change | seed | NELBO | seconds |\n|---|---|---|---|", flush=True)
+          "| change | seed | held-out NELBO | seconds |\n|---|---|---|---|", flush=True)
     for name in ROWS:
         for seed in args.seeds if any(word in name for word in args.only) else []:
             model, seconds = trained(name, seed, tokens, args)
-            mean, error = nelbo(model, val)
+            mean, error = nelbo(model, held, passes=24)
             print(f"| {name} | {seed} | {mean:.4f} ± {error:.4f} | {seconds:.0f} |", flush=True)
 
 
