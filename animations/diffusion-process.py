@@ -5,11 +5,11 @@
     uv run animations/diffusion-process.py --num-blocks 1 --save denoising.html
 """
 
-import torch
-
 from drawing import command_line, panel, show
 from model import COUNT, start
 from sample import add_sampler_arguments, draft_and_correct, sampler_config
+
+import torch  # after drawing.py, which sets what OpenMP reads when torch is loaded
 
 
 def scenes(model, args, recorder):

@@ -9,11 +9,11 @@ so its calls cost less, and a race in seconds is much closer: see tests/benchmar
 
 from itertools import chain, zip_longest
 
-import torch
-
 from drawing import command_line, panel, show
 from model import TEMPERATURE, BadInput, encode_text, start
 from sample import SamplerConfig, draft_and_correct, left_to_right
+
+import torch  # after drawing.py, which sets what OpenMP reads when torch is loaded
 
 
 def scenes(model, args, recorder):

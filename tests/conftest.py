@@ -1,4 +1,10 @@
-"""What the tests share: small models, a terminal, and ways to run the scripts."""
+"""What the tests share: small models, texts and runs, a terminal, and four ways to run a script:
+
+    command     calls its main in this process: the fastest, for all that ends by itself
+    Training    training.py in a forked process: for signals, kills and runs that go on
+    script      as a user types it, to its end: for torchrun, and for what the process itself does
+    launch      as script, but returns at once: to close its pipes or kill it
+"""
 
 import os
 import signal

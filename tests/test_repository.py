@@ -2,6 +2,7 @@
 the README names."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -74,13 +75,33 @@ def test_ruff_finds_nothing():
     assert checked.returncode == 0, checked.stdout.decode()
 
 
+FIRST_IMPORT_OF_TORCH = """
+import os, runpy, sys
+
+class Loads(Exception):
+    pass
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise Loads(os.environ.get("GOMP_SPINCOUNT"))
+
+sys.meta_path.insert(0, Finder())
+for path in sys.argv[1:]:
+    os.environ.pop("GOMP_SPINCOUNT", None)
+    sys.path[:0] = [os.path.dirname(path)]
+    try:
+        runpy.run_path(path)
+    except Loads as loads:
+        print(os.path.basename(path), loads)
+"""
+
+
 def test_every_script_tells_openmp_not_to_spin_before_it_loads_torch():
     """Two processes whose threads spin slow one another down thirty times."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("animations/*.py"), *ROOT.glob("tests/**/*.py")]:
-        source = path.read_text("utf-8")
-        if "__main__" in source and "from drawing import" not in source:
-            before, _, after = source.partition('os.environ.setdefault("GOMP_SPINCOUNT", "1000")')
-            assert after and before.rstrip().endswith("import os"), path
-            assert "import torch" not in before, path
-    drawing = (ROOT / "animations" / "drawing.py").read_text("utf-8")
-    assert drawing.index("GOMP_SPINCOUNT") < drawing.index("import torch")
+    scripts = [path for folder in (".", "animations", "tests/benchmarks", "tests/experiments")
+               for path in (ROOT / folder).glob("*.py") if "__main__" in path.read_text("utf-8")]
+    process = subprocess.run([sys.executable, "-c", FIRST_IMPORT_OF_TORCH, *scripts], text=True,
+                             capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    found = dict(line.split() for line in process.stdout.splitlines())
+    assert found == {path.name: "1000" for path in scripts}, process.stderr
