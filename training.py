@@ -60,7 +60,6 @@ ADAMW_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
 PREFIX_SHARE = 0.25  # share of the sequences with a clean prefix, as sampling has one
-FLAT_SHARE = 1 / 16  # share of the sequences with uniform t; a bell of width 1 never draws t = 1
 TEACHER_SHARE = 0.5  # of the loss, where there is a teacher; the rest is the text's
 HELD_OUT = 40_000   # characters at the start of the train split (a tenth of a short one): those at
                     # its end belong to the play that most of the validation split comes from
@@ -223,11 +222,14 @@ def make_optimizers(model, learning_rate: float, weight_decay: float = 0.0):
 
 
 class Curriculum(NamedTuple):
-    """How the noise level t is drawn in the course of a run."""
+    """How the noise level t and the places of the sequences are drawn in the course of a run."""
 
     spread: float   # width in logits of the bell from which t / S is drawn (ablations.md)
     opening: float  # share of the run in which the range of t / S widens from 40% to all of it:
                     # at first many visible neighbours teach the most
+    flat_share: float = 1 / 16  # of the sequences with uniform t; a bell of width 1 never has t = 1
+    first_share: float | None = None  # of the sequences that come from the text's beginning,
+    first_len: int = 0                # which has this many characters
 
 
 FROM_SCRATCH = Curriculum(spread=1.0, opening=0.5)
@@ -244,30 +246,29 @@ def draw_levels(B: int, S: int, progress: float, generator, device, curriculum=F
     # predict (arXiv 2605.13026)
     normal = math.sqrt(2) * torch.erfinv(2 * quantile - 1)  # MPS has no ndtri
     bell = torch.sigmoid(curriculum.spread * normal)
-    noise = torch.where(flat < FLAT_SHARE, quantile, bell)
+    noise = torch.where(flat < curriculum.flat_share, quantile, bell)
     opened = 1.0
     if progress < curriculum.opening:
         opened = 0.4 + 0.6 * progress / curriculum.opening
     return (noise * opened * S).long() + 1
 
 
-def draw_starts(length: int, T: int, B: int, generator, device, first_len: int, first_share):
-    """Where in a text of `length` the sequences begin, (B,): anywhere, or with probability
-    `first_share` in its first `first_len` characters."""
+def draw_starts(length: int, T: int, B: int, generator, device, curriculum=FROM_SCRATCH):
+    """Where in a text of `length` the sequences begin, (B,)."""
     draw = partial(torch.randint, size=(B,), generator=generator, device=device)
-    if first_share is None:
+    if curriculum.first_share is None:
         return draw(0, length - T + 1)
+    first_len = curriculum.first_len
     first, further = draw(0, first_len - T + 1), draw(first_len, length - T + 1)
     u = torch.rand(B, generator=generator, device=device)
-    return torch.where(u < first_share, first, further)
+    return torch.where(u < curriculum.first_share, first, further)
 
 
-def draw_batch(text, config, batch_size: int, generator, progress: float = 1.0,
-               curriculum=FROM_SCRATCH, first_len: int = 0, first_share: float | None = None):
+def draw_batch(text, config, batch_size: int, generator, progress=1.0, curriculum=FROM_SCRATCH):
     """The batch of a step over all processes: x_0, x_t and masked (B, T), time indices and loss
     weights (B,), on the device of `text` and `generator`."""
     B, T, device = batch_size, config.sequence_len, text.device
-    starts = draw_starts(len(text), T, B, generator, device, first_len, first_share)
+    starts = draw_starts(len(text), T, B, generator, device, curriculum)
     x_0 = text[starts[:, None] + torch.arange(T, device=device)].long()
     t = draw_levels(B, config.diffusion_steps, progress, generator, device, curriculum)
     u, v = torch.rand(2, B, generator=generator, device=device)
@@ -627,6 +628,7 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
 
         # The loop
         curriculum = AFTER_INIT if args.init else FROM_SCRATCH
+        curriculum = curriculum._replace(first_share=args.first_share, first_len=texts.first_len)
         interval = args.eval_interval or (1000 if device.type == "cuda" else 250)
         bar = tqdm(total=round(60 * args.max_minutes) if args.max_minutes else args.steps,
                    bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
@@ -657,7 +659,7 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
                 # The batch. Every process draws the whole and keeps its rows, so that the batch
                 # does not depend on their number
                 batch = draw_batch(text, config, args.batch_size, run.generator, progress,
-                                   curriculum, texts.first_len, args.first_share)
+                                   curriculum)
                 batch = [part[mine] for part in batch]
                 teacher = teachers[run.step % len(teachers)] if teachers else None
 
@@ -666,6 +668,7 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
                 loss.backward()
                 factor = learning_rate_factor(progress, args.decay)
                 update(run.model, run.optimizers, factor)
+
                 if not math.isfinite(loss.item()):
                     raise BadInput(f"the loss at step {run.step} is {loss.item()}: stopped; the "
                                    "last save stays. A lower --learning-rate may help")

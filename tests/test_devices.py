@@ -119,6 +119,13 @@ def test_auto_falls_back_where_the_build_has_no_kernels(monkeypatch, capsys):
         model.pick_device("cuda")
 
 
+@pytest.mark.parametrize("name", ["mps", "xla", "cuda:99", "nonsense"])
+def test_a_device_that_is_missing_is_refused_in_a_short_line(name):
+    with pytest.raises(BadInput, match=f"--device {name} can't be used") as refusal:
+        model.pick_device(name)
+    assert len(str(refusal.value)) < 220
+
+
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
             "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
 

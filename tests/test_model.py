@@ -1,9 +1,11 @@
+import io
 import math
 import os
 import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ from hypothesis import strategies as st
 
 from model import (
     DEFAULT_DATA, BadInput, DiffusionConfig, DiffusionTransformer, decode_tokens, encode_text,
-    load_corpus, load_weights, masked_count_weights, masked_nll, nelbo, noise_index, q_sample,
-    save_weights, spaced_windows,
+    harmless, load_corpus, load_weights, masked_count_weights, masked_nll, nelbo, noise_index,
+    q_sample, replacing, save_weights, spaced_windows, start,
 )
 
 # ---- characters
@@ -360,8 +362,36 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
         assert os.listdir(tmp_path) == ["w.pt"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such file")
+def test_what_is_no_regular_file_is_written_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(tmp_path / "pipe") as file:
+        file.write(b"text")
+    assert os.read(reader, 9) == b"text" and os.listdir(tmp_path) == ["pipe"]
+    os.close(reader)
 
+
+def test_a_terminal_gets_no_control_character_and_a_pipe_gets_all():
+    text = "\x1bc\r\x07one\ttwo\n\x7f\x9b"
+    terminal = SimpleNamespace(isatty=lambda: True)
+    assert harmless(text, terminal) == "·c··one\ttwo\n··"
+    assert harmless(text, io.StringIO()) == text
+
+
+@pytest.mark.parametrize("failure, code", [
+    (MemoryError(), 2), (torch.OutOfMemoryError("CUDA"), 2),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2), (RuntimeError("a fault"), 1),
+])
+def test_too_little_memory_is_one_line_and_other_faults_stay_tracebacks(failure, code, capsys):
+    def main():
+        raise failure
+
+    with pytest.raises(SystemExit if code == 2 else RuntimeError) as raised:
+        start(main)
+    if code == 2:
+        assert raised.value.code == 2
+        assert capsys.readouterr().err.startswith("error: out of memory; ")
 
 
 def test_weights_too_large_for_float32_are_refused(tmp_path):

@@ -269,6 +269,15 @@ def test_a_sweep_of_the_corrector_remasks_each_new_character_once_and_no_other()
     assert (result != 0).all() and torch.equal(result[~open_to_change], x[~open_to_change])
 
 
+def test_a_stride_beyond_the_text_redraws_each_character_alone_and_makes_no_empty_call():
+    model, x, calls = random_model(), partly_masked(2, 32, 0.5, seed=4), []
+    model.register_forward_hook(lambda module, inputs, log_p: calls.append((inputs[0] == 0).sum(1)))
+    config = SamplerConfig(everything, sweeps=2, stride=10**9)
+    last(draft_and_correct(model, x, x == 0, config, seeded()))
+    corrections = torch.stack(calls[1:])
+    assert corrections.max() == 1 and len(corrections) == 2 * (x == 0).sum(1).max()
+
+
 @torch.no_grad()
 def test_the_corrector_at_temperature_one_turns_independent_draws_into_joint_ones():
     """Gibbs sampling. The draft draws both characters at once, so independently; each correction
@@ -464,6 +473,8 @@ def test_sample_ends_quietly_when_its_pipe_is_closed(tiny_weights):
     (["--tau", "1.5"], ["1.5", "to 1"]),
     (["--k", "0"], ["'0'", "from 1"]),
     (["--turns", "2.5"], ["2.5", "whole number"]),
+    (["--infill", "a_b", "--num-blocks", "2"], ["--num-blocks 2", "--infill"]),
+    (["--prompt", "caf\u00e9"], ["\u00e9", "position 3", "ASCII", "trained from scratch"]),
     (["--turns", "1000000000"], ["1000000000", "to 10000"]),
     (["--num-samples", "999999999999"], ["999999999999", "to 10000"]),
     (["--method", "magic"], ["magic", "ancestral"]),

@@ -162,7 +162,8 @@ def test_every_time_index_is_trained():
     text = torch.ones(1000, dtype=torch.long)
     *_, time_index, _ = training.draw_batch(text, config, 100_000, seeded(0))
     share = time_index.bincount(minlength=128) / len(time_index)
-    assert (share > 0.25 * training.FLAT_SHARE / 128).all() and share[60:68].mean() > 1.4 / 128
+    flat_share = training.FROM_SCRATCH.flat_share
+    assert (share > 0.25 * flat_share / 128).all() and share[60:68].mean() > 1.4 / 128
 
 
 @pytest.mark.parametrize("progress, largest", [(0.0, 0.4), (0.25, 0.7), (0.5, 1.0), (1.0, 1.0)])
@@ -178,7 +179,7 @@ def test_noise_levels_follow_the_bell_that_the_curriculum_names():
     for curriculum in training.FROM_SCRATCH, training.AFTER_INIT:
         t = training.draw_levels(100_000, 128, 1.0, seeded(0), "cpu", curriculum)
         z = torch.logit(torch.tensor(0.25)) / curriculum.spread
-        bell, flat = torch.special.ndtr(z).item(), training.FLAT_SHARE
+        bell, flat = torch.special.ndtr(z).item(), curriculum.flat_share
         expected = (1 - flat) * bell + flat * 0.25
         assert (t <= 32).float().mean().item() == pytest.approx(expected, abs=0.003)
 
@@ -186,7 +187,8 @@ def test_noise_levels_follow_the_bell_that_the_curriculum_names():
 @pytest.mark.parametrize("share, expected", [(None, 0.2), (1 / 3, 1 / 3), (1.0, 1.0), (0.0, 0.0)])
 def test_the_first_text_has_the_share_of_the_sequences_that_was_asked_for(share, expected):
     T, first_len, length = 32, 2_000, 10_000
-    starts = training.draw_starts(length, T, 50_000, seeded(0), "cpu", first_len, share)
+    curriculum = training.FROM_SCRATCH._replace(first_share=share, first_len=first_len)
+    starts = training.draw_starts(length, T, 50_000, seeded(0), "cpu", curriculum)
     assert starts.min() >= 0 and starts.max() <= length - T
     assert (starts < first_len).float().mean().item() == pytest.approx(expected, abs=0.01)
     if share is not None:  # no sequence runs from one text into the next
