@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py, sample.py
 import torch
 
-from model import CommandLine, number, pick_device, read_checkpoint, replacing
+from model import DEFAULT_WEIGHTS, CommandLine, number, pick_device, read_checkpoint, replacing
 from sample import add_model_arguments, load_for_sampling
 
 # One palette for the terminal and for pictures: (red, green, blue)
@@ -356,7 +356,9 @@ def page(weights: Path, recorders: Iterable[Recorder] = (), command: str = "", *
     trace["runs"] = [{"name": it.name, "steps": it.steps} for it in recorders]
     contents = read_checkpoint(weights)
     trace["nelbo"] = contents["meta"].get("val_nelbo")
-    trace["parameters"] = sum(tensor.numel() for tensor in contents["model"].values())
+    numbers = sum(tensor.numel() for tensor in contents["model"].values())
+    learned = ", one megabyte of Shakespeare" if weights == DEFAULT_WEIGHTS else ""
+    trace["about"] = f"{numbers // 10**5 / 10} million numbers{learned}"
     island = json.dumps(trace, separators=(",", ":")).replace("<", "\\u003c")
     html = Path(__file__).with_name("page.html").read_text("utf-8")
     return html.replace("{}</script>", island + "</script>", 1)

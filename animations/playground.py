@@ -75,14 +75,15 @@ def ids_of(text: str, model_config: DiffusionConfig) -> torch.Tensor:
         text = text.encode("latin-1").decode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         raise BadInput("text has one character for each byte of UTF-8") from error
-    for character in text:
-        try:
-            encode_text(character, model_config)
-        except BadInput as error:
-            plain = "plain English letters" if model_config.vocab_size <= 128 else "other letters"
-            shown = character if character.isprintable() else ascii(character)
-            raise BadInput(f"This model knows {plain} only: {shown} cannot be used.") from error
-    return encode_text(text, model_config).long()
+    try:
+        return encode_text(text, model_config).long()
+    except BadInput as error:
+        allowed = set(range(model_config.vocab_size)) - {model_config.mask_token_id}
+        refused = next(character for character in text
+                       if set(character.encode("utf-8", "surrogateescape")) - allowed)
+        plain = "plain English letters" if model_config.vocab_size <= 128 else "other characters"
+        shown = refused if refused.isprintable() else ascii(refused)
+        raise BadInput(f"This model knows {plain} only: {shown} cannot be used.") from error
 
 
 def judge_settings(settings, model_config: DiffusionConfig):
