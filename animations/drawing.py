@@ -94,6 +94,7 @@ class Recorder:
     def __init__(self, mask_token_id: int, name: str = "", candidates: int = 5, most=None):
         self.mask_token_id, self.candidates, self.most = mask_token_id, candidates, most
         self.name, self.steps = name, []
+        self.label, self.start = "", 0
         self.text = []  # the ids after the last step
 
     def watch(self, model, x, states, label="", start=0) -> Iterator[torch.Tensor]:
