@@ -13,6 +13,7 @@ for name in ("COLUMNS", "LINES", "NO_COLOR", "MPLBACKEND", "PYTHONIOENCODING", "
 import contextlib
 import importlib
 import itertools
+import json
 import multiprocessing
 import re
 import struct
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,25 @@ def tiny_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
     save_weights(random_model(), {"step": 0}, path)
     return path
+
+
+def island(page):
+    """The trace inside a page. A real HTML parser decides where the script element ends."""
+    class Finder(HTMLParser):
+        inside, found = False, ""
+
+        def handle_starttag(self, tag, attributes):
+            self.inside = dict(attributes).get("id") == "trace"
+
+        def handle_data(self, data):
+            self.found += data * self.inside
+
+        def handle_endtag(self, tag):
+            self.inside = False
+
+    finder = Finder()
+    finder.feed(page)
+    return json.loads(finder.found)
 
 
 @pytest.fixture
