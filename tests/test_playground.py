@@ -644,7 +644,7 @@ def test_the_race_ends_with_calls_and_seconds_and_tells_corrections_apart(page):
     draft, correct = (sum(step["phase"] == phase for step in page.steps()[1])
                       for phase in ("draft", "correct"))
     assert f"{draft + correct} calls against 62. Same weights." in result
-    assert f"{correct} of them correct" in result and result.count("seconds") == 2
+    assert f"{draft} to write, {correct} to correct" in result and result.count("seconds") == 2
     assert page.js("return speech().filter(id => id === mask).length") >= 40
 
 
