@@ -205,7 +205,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.model, self.lock = model, threading.Lock()
         live = {"temperature": sample.SamplerConfig.temperature, "seed": args.seed, "methods": {},
-                "length": model.config.sequence_len, "samples": MAX_SAMPLES}
+                "length": model.config.sequence_len, "block": sample.SamplerConfig.block_len}
         for name, (rule, flag) in sample.METHODS.items():
             value = inspect.signature(rule).parameters[flag].default
             sweeps = judge_settings({"method": name}, model.config)[0].sweeps
