@@ -8,11 +8,11 @@
 A PNG shows when each character came. One block is what sample.py writes with the same seed.
 """
 
-import torch
-
 from drawing import command_line, laid_out, replay, show, wrapped
 from model import COUNT, encode_text, run
 from sample import add_sampler_arguments, draft_and_correct, sampler_config
+
+import torch  # after drawing.py, which sets what OpenMP reads when torch is loaded
 
 WIDTH = 44  # characters in a line
 WORDS = {"given": "all masked", "draft": "draft", "mask": "masked again", "correct": "correction"}

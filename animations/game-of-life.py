@@ -7,11 +7,11 @@
 from functools import partial
 from itertools import chain
 
-import torch
-
 from drawing import command_line, panel, show
 from model import COUNT, TEMPERATURE, number, run
 from sample import denoise, dilated, uniform
+
+import torch  # after drawing.py, which sets what OpenMP reads when torch is loaded
 
 ROWS, COLS = 20, 64  # of the torus: what a terminal of 80 x 24 shows
 

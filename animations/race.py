@@ -9,12 +9,12 @@ so its calls cost less, and a race in seconds is much closer: see tests/benchmar
 
 from itertools import chain, zip_longest
 
-import torch
-import torch.nn.functional as F
-
 from drawing import command_line, panel, show
 from model import TEMPERATURE, BadInput, encode_text, run
 from sample import SamplerConfig, draft_and_correct, left_to_right
+
+import torch  # after drawing.py, which sets what OpenMP reads when torch is loaded
+import torch.nn.functional as F
 
 WIDTH, BETWEEN = 32, 4  # columns of each text, and between the two
 
