@@ -258,8 +258,9 @@ def ask_and_leave(server, **settings):
         assert client.recv(100)
 
 
-def test_a_client_that_goes_away_frees_the_model(server):
-    ask_and_leave(server, sweeps=10**9)
+@pytest.mark.parametrize("name", ["sweeps", "stride"])
+def test_a_client_that_goes_away_frees_the_model(server, name):
+    ask_and_leave(server, **{name: 10**9})
     assert post(server, request())[0] == 200
     assert not server.model._forward_hooks
 
