@@ -1,7 +1,8 @@
 """Frames of masked text, and the ways to show them: in the terminal, as a GIF, or as a page.
 
 Each animation's `scenes` yields states of the denoising loop: the ids (rows, cols), a title and how
-many ordinary frames they last. `show` makes `Frame`s of them and shows those.
+many ordinary frames they last. `show` makes `Frame`s of them and shows those. A page is made of
+what `Recorder`s have kept, one for each text.
 """
 
 import os
@@ -12,20 +13,21 @@ os.environ.pop("MPLBACKEND", None)  # a notebook's, which its children inherit b
 import argparse
 import itertools
 import json
+import re
 import shlex
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py, sample.py
 import torch
 
-from model import CommandLine, number, pick_device, read_checkpoint, replacing
+from model import DEFAULT_WEIGHTS, CommandLine, number, pick_device, read_checkpoint, replacing
 from sample import add_model_arguments, load_for_sampling
 
 # One palette for the terminal and for pictures: (red, green, blue)
@@ -80,64 +82,80 @@ def frames(scenes: Iterable[tuple], mask_token_id: int) -> Iterator[Frame]:
 
 
 class Recorder:
-    """Keeps a text's states as the steps of a page: which places change (`set`), to what (`to`),
-    how much that surprises the call that does it, in hundredths of a nat (`nats`), and the next
-    call's likeliest characters (`guess`) and their percents (`p`) at `most` masked places."""
+    """Keeps how one text came about, as the steps of a page.
 
-    def __init__(self, mask: int, candidates=5, most=None, on=False, **look):
-        self.on, self.most = on, most
-        self.trace = {"mask": mask, "candidates": candidates, "runs": [], **look}
+    Each step belongs to a phase. The text is "given"; network calls "draft" it until nothing is
+    masked; from then on the corrector "mask"s some characters again, and a call "correct"s them. A
+    step says which places change (`set`) and to what (`to`). If a network call made it, it also has
+    the call's duration (`ms`) and how much each of the characters surprised the call, in hundredths
+    of a nat (`nats`). What a call expects stands at the step that the call sees: the likeliest
+    characters (`guess`) and their percents (`p`) at the first `most` masked places."""
 
-    def begin(self, name: str = "") -> None:
-        """What follows is another text."""
-        self.state, self.steps = [], []
-        self.trace["runs"].append({"name": name, "steps": self.steps})
-        self.part()
+    def __init__(self, mask_token_id: int, name: str = "", candidates: int = 5, most=None):
+        self.mask_token_id, self.candidates, self.most = mask_token_id, candidates, most
+        self.name, self.steps = name, []
+        self.label, self.start = "", 0
+        self.text = []  # the ids after the last step
 
-    def part(self, title: str = "", start: int = 0) -> None:
-        """What follows is a part of the text, which begins at that character."""
-        self.title, self.start, self.phase = title, start, ""
+    def watch(self, model, x, states, label="", start=0) -> Iterator[torch.Tensor]:
+        """Passes on the states that a sampler makes of x, one a network call, and keeps them. x is
+        the part of the text that begins at character `start`; `label` names the part."""
+        self.label, self.start = label, start
+        self.add(x, "given")
+        phase, call = "draft", {}
 
-    def watch(self, model, states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Passes on the states, one a network call. If it is on, it keeps them and the calls."""
-        if not self.on:
-            return (yield from states)
-        called = time.perf_counter()
-        with model.register_forward_hook(self.hear):
+        def hear(model, inputs, log_p):
+            call.update(x_t=inputs[0], log_p=log_p.flatten(0, 1).cpu())
+
+        with model.register_forward_hook(hear):
+            called = time.perf_counter()
             for x in states:
-                self.see(x.flatten().tolist(), ms=round(1000 * (time.perf_counter() - called)))
+                ms = round(1000 * (time.perf_counter() - called))
+                if phase == "correct":
+                    self.add(call["x_t"], "mask")
+                self.expect(call["x_t"], call["log_p"])
+                self.add(x, phase, call["log_p"], ms)
+                if self.mask_token_id not in self.text[start:]:
+                    phase = "correct"
                 yield x
                 called = time.perf_counter()
 
-    def hear(self, model, inputs, log_p) -> None:
-        """The forward hook. A call that sees other than the last state masked something again."""
-        x_t, self.log_p = inputs[0].flatten().tolist(), log_p.flatten(0, 1).cpu()
-        if x_t != self.state[self.start :]:
-            self.phase = "correction" if self.phase else "draft"
-            self.see(x_t)
-        masked = self.log_p[[id == self.trace["mask"] for id in x_t]][: self.most]
-        p, guess = (best.flatten() for best in masked.exp().topk(self.trace["candidates"]))
-        self.steps[-1]["guess"] = "".join(map(chr, guess.tolist()))
-        self.steps[-1]["p"] = (100 * p).round().int().tolist()
+    def add(self, x, phase: str, log_p=None, ms=None) -> None:
+        """Adds the step that turns the text from `start` on into x; log_p (n, V) if a call did."""
+        ids, before = x.flatten().tolist(), self.text[self.start :]
+        changed = [i for i, id in enumerate(ids) if before[i : i + 1] != [id]]
+        step = {"label": self.label, "phase": phase, "set": [self.start + i for i in changed],
+                "to": "".join(chr(ids[i]) for i in changed)}
+        if log_p is not None:
+            nats = [round(-100 * log_p[i, ids[i]].item()) for i in changed]
+            step |= {"ms": ms, "nats": nats}
+        self.steps.append(step)
+        self.text[self.start :] = ids
 
-    def see(self, x: list[int], **facts) -> None:
-        """Adds the step to x, the characters from the part's start on. With `ms`, a network call
-        made it."""
-        known, self.state[self.start :] = self.state[self.start :], x
-        places = [i for i, id in enumerate(x) if known[i : i + 1] != [id]]
-        if facts:
-            facts["nats"] = [round(-100 * self.log_p[i, x[i]].item()) for i in places]
-        label, to = f"{self.title} · {self.phase}", "".join(chr(x[i]) for i in places)
-        places = [self.start + i for i in places]
-        self.steps.append({"label": label.strip(" ·"), "set": places, "to": to, **facts})
+    def expect(self, x_t, log_p) -> None:
+        """Adds to the last step what a call that sees x_t expects, log_p (n, V)."""
+        masked = (x_t == self.mask_token_id).flatten().cpu()
+        p, guess = log_p[masked][: self.most].exp().topk(self.candidates)
+        self.steps[-1]["guess"] = "".join(map(chr, guess.flatten().tolist()))
+        self.steps[-1]["p"] = (100 * p).round().int().flatten().tolist()
 
 
-def command_line(doc: str, fps: int) -> CommandLine:
+def replay(steps: list[dict]) -> Iterator[list[int]]:
+    """The text after each step."""
+    text = []
+    for step in steps:
+        for place, character in zip(step["set"], step["to"], strict=True):
+            text[place : place + 1] = [ord(character)]
+        yield list(text)
+
+
+def command_line(doc: str, fps: int, endings=(".gif", ".html")) -> CommandLine:
     """A parser of what the animations with frames know."""
     parser = CommandLine(doc)
     add_model_arguments(parser)
     add = parser.add_argument_group("picture").add_argument
-    add("--save", type=partial(picture_path, (".gif", ".html")), help="write a GIF or a page")
+    add("--save", type=partial(picture_path, endings), metavar="FILE",
+        help=f"write a picture or a page, whose name ends in {', '.join(endings)}")
     add("--fps", type=number(float, 0.1, 50), default=fps, help="frames per second")
     return parser
 
@@ -157,23 +175,53 @@ def panel(x, width: int = 64):
     return x.view(-1, max(n for n in range(1, width + 1) if x.numel() % n == 0))
 
 
-def show(scenes: Callable[..., Iterable[tuple]], args, **look) -> None:
+def wrapped(ids: list[int], width: int) -> list[list[int]]:
+    """The places of a text line by line. A line ends after a line end, or after the last space that
+    fits; only a word longer than a line is split. Line ends at the start are left out."""
+    text = "".join(map(chr, ids))
+    lines = re.findall(rf"[^\n]{{0,{width - 1}}}(?:[ \n]|$)|[^\n]{{{width}}}", text.lstrip("\n"))
+    ends = list(itertools.accumulate(map(len, lines), initial=len(text) - len(text.lstrip("\n"))))
+    return [list(range(*ends)) for ends in itertools.pairwise(ends) if ends[0] < ends[1]]
+
+
+def laid_out(ids: list[int], lines: list[list[int]], width: int) -> torch.Tensor:
+    """The ids at the places of `lines`, (rows, width), with spaces for line ends and after them."""
+    shown = [[ord(" ") if ids[place] == ord("\n") else ids[place] for place in line]
+             for line in lines]
+    return torch.tensor([line + [ord(" ")] * (width - len(line)) for line in shown])
+
+
+def show(scenes: Callable[..., Iterable[tuple]], args, candidates=5, most=None, **look) -> None:
     """Plays or saves the scenes as the command line asks. `look` is for their page."""
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    if terminal:
+        print("loading ...", end="\r", flush=True)
     model = load_for_sampling(args.weights, pick_device(args.device))
-    recorder = Recorder(model.config.mask_token_id, **look)
-    shots = frames(scenes(model, args, recorder), model.config.mask_token_id)
-    if args.save and args.save.suffix.lower() == ".html":
-        recorder.on = True
-        *_, _ = shots
-        with replacing(args.save) as file:
-            file.write(page(args.weights, **recorder.trace).encode())
-    elif args.save:
+    mask_token_id, recorders = model.config.mask_token_id, []
+
+    def record(name: str = "") -> Recorder:
+        recorders.append(Recorder(mask_token_id, name, candidates, most))
+        return recorders[-1]
+
+    shots = frames(scenes(model, args, record), mask_token_id)
+    ending = args.save.suffix.lower() if args.save else ""
+    if ending == ".gif":
         save(shots, args.save, args.fps)
-    elif sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+    elif not ending and terminal:
         play(shots, args.fps, sys.stdout)
-    else:  # a pipe, a file or a terminal that can't redraw gets the last frame as plain text
+    else:
         *_, last = shots
-        print(last.title, *("".join(glyph for glyph, _ in row) for row in last.cells()), sep="\n")
+        if ending == ".html":
+            look |= {"mask": mask_token_id, "candidates": candidates}
+            html = page(args.weights, recorders, **look)
+            with replacing(args.save) as file:
+                file.write(html.encode())
+        elif ending == ".png":
+            still(recorders[0], args.save, dark=False)
+            still(recorders[0], args.save.with_stem(f"{args.save.stem}-dark"), dark=True)
+        else:  # a pipe, a file or a terminal that can't redraw gets the last frame as plain text
+            lines = ("".join(glyph for glyph, _ in row).rstrip() for row in last.cells())
+            print(last.title, *lines, sep="\n")
 
 
 def play(frames: Iterable[Frame], fps: float, out) -> None:
@@ -201,7 +249,8 @@ def play(frames: Iterable[Frame], fps: float, out) -> None:
 
 
 def handle_signals(out, rows: list) -> None:
-    """A stop is a Ctrl-C. A pause gives the cursor back; then frames begin anew, over no `rows`."""
+    r"""A stop is a Ctrl-C, and so is Ctrl-\. A pause gives the cursor back; then frames begin anew,
+    over no `rows`."""
 
     def pause(number, frame):
         print(SHOWN, end="", file=out, flush=True)
@@ -210,33 +259,45 @@ def handle_signals(out, rows: list) -> None:
         rows.clear()
 
     stop = signal.default_int_handler
-    for name, handler in {"SIGTERM": stop, "SIGHUP": stop, "SIGTSTP": pause}.items():
+    handlers = {"SIGTERM": stop, "SIGHUP": stop, "SIGQUIT": stop, "SIGTSTP": pause}
+    for name, handler in handlers.items():
         number = getattr(signal, name, None)  # Windows has only the first
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, handler)
 
 
-def picture(frame: Frame):
-    """The frame as a Pillow image."""
+def monospace(size: int):
+    """The fixed-width font that comes with matplotlib; a character is 0.6 times as wide as high."""
     from matplotlib import get_data_path
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import ImageFont
 
-    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", size=16)
-    width, height, margin = 10, 22, 16  # pixels; a cell of this font fits
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", size)
+
+
+def picture(frame: Frame):
+    """The frame as a Pillow image. Parts of the title with two spaces between them begin above
+    their columns, in larger letters."""
+    from PIL import Image, ImageDraw
+
+    width, height, margin, head = 10, 22, 16, 42  # pixels; a cell of this font fits
     rows, cols = frame.ids.shape
-    image = Image.new("RGB", (cols * width + 2 * margin, (rows + 2) * height + margin), BACKGROUND)
-    pen = ImageDraw.Draw(image)
-    pen.text((margin, margin // 2), frame.title, font=font, fill=TITLE)
+    size = cols * width + 2 * margin, head + rows * height + margin
+    image = Image.new("RGB", size, BACKGROUND)
+    pen, font, large = ImageDraw.Draw(image), monospace(16), monospace(23)
+    for part in re.finditer(r"\S+(?: \S+)*", frame.title):
+        pen.text((margin + part.start() * width, margin // 2), part[0], font=large, fill=TITLE)
     for row, cells in enumerate(frame.cells()):
         for col, (glyph, rgb) in enumerate(cells):
-            place = margin + col * width, margin // 2 + int((row + 1.5) * height)
+            place = margin + col * width, head + row * height
             pen.text(place, glyph.replace("█", "▉"), font=font, fill=rgb)  # with gaps between
     return image
 
 
 def save(frames: Iterable[Frame], path: Path, fps: float) -> None:
-    """One GIF, by Pillow. All frames share a palette, as one for each would triple the size."""
+    """One GIF, by Pillow. It begins with the last frame, for a second: previews show that one.
+    All frames share a palette, as one for each would triple the size."""
     frames = list(frames)
+    frames.insert(0, replace(frames[-1], hold=fps))
     shared = max(map(picture, frames[::8]), key=lambda image: len(image.getcolors(1 << 20)))
     shared = shared.quantize(128)
     images = [picture(frame).quantize(palette=shared, dither=0) for frame in frames]
@@ -245,11 +306,60 @@ def save(frames: Iterable[Frame], path: Path, fps: float) -> None:
                        duration=[round(1000 * frame.hold / fps) for frame in frames])
 
 
-def page(weights: Path, **trace) -> str:
+def calls_of_characters(recorder: Recorder) -> list[int]:
+    """The number of the network call in which each character of the text came, 0 if in none."""
+    came, known, calls = {}, {}, 0
+    for step in recorder.steps:
+        calls += "ms" in step
+        for place, character in zip(step["set"], step["to"], strict=True):
+            if ord(character) != recorder.mask_token_id and known.get(place) != character:
+                known[place], came[place] = character, calls
+    return [came[place] for place in range(len(recorder.text))]
+
+
+def still(recorder: Recorder, path: Path, dark: bool) -> None:
+    """A PNG of the text's first six lines, on cells coloured by when each character came."""
+    from matplotlib import colormaps
+    from PIL import Image, ImageDraw
+
+    lines, came = wrapped(recorder.text, 48)[:6], calls_of_characters(recorder)
+    cells, last = glyphs(torch.tensor(recorder.text)), max(came)
+    width, height, margin = 14, 34, 12  # pixels
+    cols = max(map(len, lines))
+    size = cols * width + 2 * margin, (len(lines) + 1) * height + 3 * margin
+    image = Image.new("RGB", size, BACKGROUND if dark else "white")
+    pen, font, small, ink = ImageDraw.Draw(image), monospace(22), monospace(17), TITLE
+
+    def colour(share: float):
+        return tuple(int(255 * part) for part in colormaps["viridis"](share)[:3])
+
+    for row, line in enumerate(lines):
+        for col, place in enumerate(line):
+            x, y, share = margin + col * width, margin + row * height, came[place] / last
+            if came[place] and cells[place] != "↵":
+                pen.rectangle((x, y, x + width - 1, y + height - 3), colour(share))
+                ink = "white" if share < 0.45 else "black"
+                pen.text((x, y + 2), cells[place], font=font, fill=ink)
+    y, ink = size[1] - height, CALM if dark else "black"
+    start, end = margin + 12 * width, size[0] - margin - 5 * width  # the key, between its words
+    pen.text((margin, y), "first call", font=small, fill=ink)
+    pen.text((end + width, y), "last", font=small, fill=ink)
+    for x in range(start, end):
+        pen.line((x, y, x, y + 20), colour((x - start) / (end - start)))
+    with replacing(path) as file:
+        image.save(file, "PNG")
+
+
+def page(weights: Path, recorders: Iterable[Recorder] = (), command: str = "", **trace) -> str:
     """page.html with a trace inside. Without `<`, no text can end the script element."""
     script = f"animations/{Path(sys.argv[0]).name}"
-    trace["command"] = shlex.join(["uv", "run", script, *sys.argv[1:]])
-    trace["nelbo"] = read_checkpoint(weights)["meta"].get("val_nelbo")
+    trace["command"] = command or shlex.join(["uv", "run", script, *sys.argv[1:]])
+    trace["runs"] = [{"name": it.name, "steps": it.steps} for it in recorders]
+    contents = read_checkpoint(weights)
+    trace["nelbo"] = contents["meta"].get("val_nelbo")
+    numbers = sum(tensor.numel() for tensor in contents["model"].values())
+    learned = ", one megabyte of Shakespeare" if weights == DEFAULT_WEIGHTS else ""
+    trace["about"] = f"{numbers // 10**5 / 10} million numbers{learned}"
     island = json.dumps(trace, separators=(",", ":")).replace("<", "\\u003c")
     html = Path(__file__).with_name("page.html").read_text("utf-8")
     return html.replace("{}</script>", island + "</script>", 1)

@@ -31,20 +31,21 @@ def rewrite(model, text, hidden, temperature, calls, generator):
         yield state.view(text.shape)
 
 
-def scenes(model, args, recorder):
+def scenes(model, args, record):
     mask_token_id, device = model.config.mask_token_id, next(model.parameters()).device
     generator = torch.Generator().manual_seed(args.seed)
     blank = torch.full((ROWS, COLS), mask_token_id, device=device)
-    *_, text = rewrite(model, blank, blank == mask_token_id, args.temperature, 64, generator)
+    for text in rewrite(model, blank, blank == mask_token_id, args.temperature, 64, generator):
+        yield text, "writing the field", 1 / 8
     alive = uniform(blank, generator) < args.density
-    recorder.begin()
+    recorder = record()
     for generation in range(1, args.generations + 1):
-        recorder.part(f"generation {generation}")
         title = f"generation {generation}   {alive.sum()} alive"
         states = rewrite(model, text, alive, args.temperature, args.calls, generator)
         start = text.masked_fill(alive, mask_token_id)
-        for text in chain([start], recorder.watch(model, states)):
-            yield text, f"{title}   {(text == mask_token_id).sum()} masked", 1
+        states = recorder.watch(model, start, states, f"generation {generation}")
+        for text in chain([start], states):
+            yield text, title, 1
         alive = life_step(alive)
 
 

@@ -17,51 +17,104 @@ import threading
 import webbrowser
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
 import drawing
 import sample
-from model import SEED, BadInput, CommandLine, encode_text, noise_index, number, pick_device, start
+from model import (
+    SEED, BadInput, CommandLine, DiffusionConfig, encode_text, noise_index, number, pick_device,
+    start,
+)
 
 MAX_BODY = 64 * 1024
+MAX_SAMPLES = 8
+PATIENCE = 2  # seconds for which a request waits for the one before it
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
           "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
-def judge(settings: dict, T: int):
+@dataclass
+class Request:
+    """What a page asks for, judged by `judge`."""
+
+    what: str                     # "look": one network call; "fill": the sampler fills the gaps
+    x: torch.Tensor               # (B, T) ids, with a mask in every gap, each row alike
+    config: sample.SamplerConfig
+    seed: int
+
+
+def judge(request, model_config: DiffusionConfig) -> Request:
+    """The request, or BadInput with one sentence that the page shows."""
+    if not isinstance(request, dict) or request.keys() - {"what", "text", "gaps", "settings",
+                                                         "samples"}:
+        raise BadInput("a request is an object of what, text, gaps, settings and samples")
+    what, text, gaps = request.get("what"), request.get("text"), request.get("gaps")
+    settings, samples = request.get("settings", {}), request.get("samples", 1)
+    if what not in ("look", "fill"):
+        raise BadInput(f'what is "look" or "fill", not {json.dumps(what):.40}')
+    if not isinstance(text, str) or not 1 <= len(text) <= model_config.sequence_len:
+        length = f"has {len(text)} characters" if isinstance(text, str) else "is missing"
+        raise BadInput(f"The text {length}; the model takes 1 to {model_config.sequence_len}.")
+    if not isinstance(gaps, list) or not all(type(i) is int and 0 <= i < len(text) for i in gaps):
+        raise BadInput(f"gaps is a list of whole numbers from 0 to {len(text) - 1}")
+    if type(samples) is not int or not 1 <= samples <= MAX_SAMPLES:
+        raise BadInput(f"samples is a whole number from 1 to {MAX_SAMPLES}")
+    if what == "fill" and not gaps:
+        raise BadInput("There is no gap to fill: click a word first.")
+    x = ids_of(text, model_config)
+    x[gaps] = model_config.mask_token_id
+    return Request(what, x.repeat(samples, 1), *judge_settings(settings, model_config))
+
+
+def ids_of(text: str, model_config: DiffusionConfig) -> torch.Tensor:
+    """The ids (T,) of a text in which each character stands for one byte of UTF-8."""
+    try:
+        text = text.encode("latin-1").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise BadInput("text has one character for each byte of UTF-8") from error
+    try:
+        return encode_text(text, model_config).long()
+    except BadInput as error:
+        allowed = set(range(model_config.vocab_size)) - {model_config.mask_token_id}
+        refused = next(character for character in text
+                       if set(character.encode("utf-8", "surrogateescape")) - allowed)
+        plain = "plain English letters" if model_config.vocab_size <= 128 else "other characters"
+        shown = refused if refused.isprintable() else ascii(refused)
+        raise BadInput(f"This model knows {plain} only: {shown} cannot be used.") from error
+
+
+def judge_settings(settings, model_config: DiffusionConfig):
     """The sampler's settings and the seed, judged as a command line of sample.py is."""
+    if not isinstance(settings, dict):
+        raise BadInput("settings is an object")
     parser = CommandLine("")
     sample.add_sampler_arguments(parser)
     parser.add_argument("--seed", type=SEED, default=1337)
     args = parser.parse_args([f"--{name}={value}" for name, value in settings.items()])
-    return sample.sampler_config(args, T), args.seed
+    return sample.sampler_config(args, model_config.sequence_len), args.seed
 
 
-def states(model, request: dict) -> Iterator[torch.Tensor]:
-    """The states of a request's text, one a network call. What is wrong is raised before them."""
-    mask_token_id, T = model.config.mask_token_id, model.config.sequence_len
-    text, gaps = request["text"].encode("latin-1"), request["gaps"]  # a character is a byte
-    if not 1 <= len(text) <= T:
-        raise BadInput(f"the text has {len(text)} characters; the model takes 1 to {T}")
-    x = encode_text(text.decode("utf-8", "surrogateescape"), model.config).long()[None]
-    x[0, gaps] = mask_token_id
-    x = x.to(next(model.parameters()).device)
-    region = x == mask_token_id
-    if request["what"] == "look":
-        return look(model, x, region)
-    config, seed = judge(request["settings"], T)
-    if not gaps:
-        raise BadInput("there is no gap to fill: mask a character first")
-    return sample.draft_and_correct(model, x, region, config, torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def look(model, x, masked) -> Iterator[torch.Tensor]:
-    """One network call, and no new state."""
-    model(x, noise_index(masked, model.config.diffusion_steps))
-    yield from ()
+def answer(model, request: Request) -> Iterator[list[dict]]:
+    """The steps of the answer, in lists as they are complete; a network call lies between two."""
+    mask_token_id = model.config.mask_token_id
+    recorder, x = drawing.Recorder(mask_token_id), request.x.to(next(model.parameters()).device)
+    masked = x == mask_token_id
+    if request.what == "look":
+        recorder.add(x, "given")
+        with torch.inference_mode():
+            log_p = model(x, noise_index(masked, model.config.diffusion_steps))
+        recorder.expect(x, log_p.flatten(0, 1).cpu())
+    else:
+        generator = torch.Generator().manual_seed(request.seed)
+        states = sample.draft_and_correct(model, x, masked, request.config, generator)
+        with closing(recorder.watch(model, x, states)) as states:
+            for _ in states:
+                yield recorder.steps[:-1]
+                del recorder.steps[:-1]  # the next call adds to the last one
+    yield recorder.steps
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,8 +131,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refuse(self, status: int, error: object) -> None:
+        self.reply(status, "application/json", json.dumps({"error": str(error)}).encode())
 
     def foreign(self) -> bool:
         """Whether another site asks, or asks under a host name that is not this server's."""
@@ -97,6 +156,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(403 if self.foreign() else 404)
         self.reply(200, "text/html; charset=utf-8", self.server.page)
 
+    do_HEAD = do_GET
+
     def do_POST(self):
         length = self.headers.get("Content-Length", "")
         length = int(length) if re.fullmatch(r"\d{1,9}", length) else 0
@@ -104,25 +165,32 @@ class Handler(BaseHTTPRequestHandler):
         is_json = self.headers.get_content_type() == "application/json"
         if self.foreign() or not is_json or length > MAX_BODY:
             return self.send_error(403 if self.foreign() else 413 if is_json else 415)
-        with self.server.lock:
-            self.answer(body)
-
-    def answer(self, body: bytes) -> None:
-        """One step a line, once it is complete; {"done": true} comes last."""
         try:
-            found = states(self.server.model, json.loads(body))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            return self.reply(400, "application/json", json.dumps({"error": str(error)}).encode())
+            request = judge(json.loads(body), self.server.model.config)
+        except BadInput as error:
+            return self.refuse(400, error)
+        except (ValueError, RecursionError):
+            return self.refuse(400, "the request is not JSON, or too deep")
+        if not self.server.lock.acquire(timeout=PATIENCE):
+            return self.refuse(503, "The model is busy with another window. Try again in a moment.")
+        try:
+            self.stream(request)
+        finally:
+            self.server.lock.release()
+
+    def stream(self, request: Request) -> None:
+        """One step a line, once it is complete; {"done": true} or {"error": "..."} comes last."""
         self.reply(200, "application/x-ndjson")
-        recorder = drawing.Recorder(self.server.model.config.mask_token_id, on=True)
-        recorder.begin()
-        with closing(recorder.watch(self.server.model, found)) as found:
-            for _ in found:
-                if self.gone():
-                    return
-                self.write(recorder.steps[:-1])
-                del recorder.steps[:-1]  # the next call adds to the last one
-        self.write([*recorder.steps, {"done": True}])
+        try:
+            with closing(answer(self.server.model, request)) as parts:
+                for steps in parts:
+                    if self.gone():
+                        return
+                    self.write(steps)
+            self.write([{"done": True}])
+        except (RuntimeError, MemoryError) as error:  # as where memory can't hold the call
+            why = str(error).splitlines() or ["no memory"]
+            self.write([{"error": f"The network call failed: {why[0]}"}])
 
     def write(self, lines: list[dict]) -> None:
         self.wfile.write("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -136,13 +204,16 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port: int, model, args):
         super().__init__(("127.0.0.1", port), Handler)
         self.model, self.lock = model, threading.Lock()
-        live = {"temperature": sample.SamplerConfig.temperature, "seed": args.seed, "methods": {}}
+        live = {"temperature": sample.SamplerConfig.temperature, "seed": args.seed, "methods": {},
+                "length": model.config.sequence_len, "block": sample.SamplerConfig.block_len}
         for name, (rule, flag) in sample.METHODS.items():
             value = inspect.signature(rule).parameters[flag].default
-            sweeps = judge({"method": name}, model.config.sequence_len)[0].sweeps
+            sweeps = judge_settings({"method": name}, model.config)[0].sweeps
             live["methods"][name] = {"flag": flag, "value": value, "sweeps": sweeps}
-        recorder = drawing.Recorder(model.config.mask_token_id, title="Touch the model", live=live)
-        self.page = drawing.page(args.weights, **recorder.trace).encode()
+        self.page = drawing.page(
+            args.weights, command="uv run animations/playground.py", title="Touch the model",
+            mask=model.config.mask_token_id, candidates=5, live=live,
+        ).encode()
 
 
 def main(argv: list[str] | None = None) -> None:

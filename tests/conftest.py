@@ -21,6 +21,7 @@ import errno
 import importlib
 import io
 import itertools
+import json
 import multiprocessing
 import re
 import struct
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import threading
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -206,6 +208,25 @@ class Gone(io.StringIO):
 
     def isatty(self):
         return self.terminal
+
+
+def island(page):
+    """The trace inside a page. A real HTML parser decides where the script element ends."""
+    class Finder(HTMLParser):
+        inside, found = False, ""
+
+        def handle_starttag(self, tag, attributes):
+            self.inside = dict(attributes).get("id") == "trace"
+
+        def handle_data(self, data):
+            self.found += data * self.inside
+
+        def handle_endtag(self, tag):
+            self.inside = False
+
+    finder = Finder()
+    finder.feed(page)
+    return json.loads(finder.found)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -8,13 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, Screen, assert_one_clear_line, no_space, random_model, script
-from PIL import Image
+from conftest import (
+    ROOT, TINY, Screen, assert_one_clear_line, island, last, no_space, random_model, script,
+)
+from PIL import Image, ImageChops
 
 import drawing
 from model import save_weights
 from sample import (
-    SamplerConfig, add_sampler_arguments, denoise, draft_and_correct, left_to_right,
+    SamplerConfig, add_sampler_arguments, denoise, draft_and_correct, fill, left_to_right,
+    sampler_config,
 )
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses /proc")
@@ -105,14 +109,49 @@ def test_a_character_that_the_corrector_confirms_is_not_fresh():
     assert frames[1].masked.all() and frames[2].fresh.tolist() == [[False, True]]
 
 
-def test_titles_number_the_network_calls_and_say_draft_or_correction():
+def process_scenes(*flags, num_blocks=1):
     parser = drawing.command_line("", fps=10)
     add_sampler_arguments(parser)
-    args = parser.parse_args(["--turns", "9", "--stride", "4"], Namespace(num_blocks=1))
-    titles = [title for _, title, _ in process.scenes(random_model(), args, drawing.Recorder(0))]
-    assert all(f"   network call {n}   " in titles[n] for n in range(1, 18))
-    phases = [next((w for w in ("draft", "correction") if w in title), "") for title in titles]
-    assert phases == ["", *["draft"] * 9, *["correction"] * 9]
+    args = parser.parse_args([*flags, "--seed", "3"], Namespace(num_blocks=num_blocks))
+    recorders = []
+
+    def record():
+        recorders.append(drawing.Recorder(0))
+        return recorders[-1]
+
+    return list(process.scenes(random_model(), args, record)), *recorders
+
+
+def test_titles_number_the_network_calls_and_name_the_phase():
+    scenes, _ = process_scenes("--turns", "9", "--stride", "4")
+    titles = [tuple(re.split("  +", title)) for _, title, _ in scenes]
+    calls = [f"call {n} of 17" for n in range(1, 18)]
+    expected = [("", "all masked"), *((call, "draft") for call in calls[:9])]
+    for call in calls[9:]:
+        expected += [("", "masked again"), (call, "correction")]
+    assert titles == expected and scenes[-1][2] == 10  # a second
+
+
+def test_a_block_is_what_sample_py_writes_with_the_same_seed_and_length():
+    for flags in ([], ["--block-len", "20", "--lookback", "4"]):
+        scenes, recorder = process_scenes(*flags)
+        parser = drawing.command_line("", fps=10)
+        add_sampler_arguments(parser)
+        config = sampler_config(parser.parse_args(flags), 32)
+        x = torch.tensor([[10, 10, *[0] * config.block_len]])
+        x, _ = last(fill(random_model(), x, config, torch.Generator().manual_seed(3)))
+        assert recorder.text == x[0].tolist()
+
+
+def test_lines_end_at_line_ends_and_at_words_and_show_every_character_once():
+    text = "\n\nROMEO:\nO, she doth teach the torches to burn bright!\n\n" + "x" * 30 + " so"
+    lines = drawing.wrapped(list(text.encode()), 24)
+    assert ["".join(text[place] for place in line) for line in lines] == [
+        "ROMEO:\n", "O, she doth teach the ", "torches to burn bright!\n", "\n", "x" * 24,
+        "xxxxxx so"]
+    assert [place for line in lines for place in line] == list(range(2, len(text)))
+    shown = drawing.laid_out(list(text.encode()), lines, 24)
+    assert bytes(shown[2].tolist()) == b"torches to burn bright! "
 
 
 def test_terminal_redraws_in_place_and_gives_the_cursor_back(screen):
@@ -140,6 +179,20 @@ def test_no_color_and_dumb_terminals_are_honoured(monkeypatch, screen, capsys, t
     assert capsys.readouterr().out.splitlines() == ["test", "Hi", "·↵"]
 
 
+def test_a_terminal_hears_that_the_model_is_loading(monkeypatch, screen, tiny_weights):
+    monkeypatch.setattr(drawing, "play", lambda *_: None)
+    with screen.shown():
+        drawing.show(*showing(tiny_weights))
+    assert screen.text() == "loading ..."
+
+
+def test_the_game_shows_how_its_field_is_written(tiny_weights):
+    args = Namespace(seed=0, temperature=1.0, density=0.2, generations=1, calls=2)
+    scenes = list(life.scenes(random_model(), args, lambda: drawing.Recorder(0)))
+    masked = [int((ids == 0).sum()) for ids, _, _ in scenes]
+    assert masked[:32] == list(range(31 * 40, -1, -40)) and len(scenes) == 32 + 3
+
+
 @pytest.mark.parametrize("rows, cols", [(24, 80), (10, 40), (3, 8)])
 def test_frames_do_not_pile_up_on_a_small_terminal(rows, cols, monkeypatch):
     screen = Screen(rows, cols)
@@ -165,9 +218,11 @@ def test_narrowing_the_terminal_leaves_no_wrapped_lines_of_the_last_frame(monkey
 
 
 @linux_only
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_sigterm_and_sighup_give_the_cursor_back(signum, screen):
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)}
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_stop_gives_the_cursor_back(signum, screen):
+    signals = signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP
+    before = {number: signal.getsignal(number) for number in signals}
+    signal.signal(signum, signal.SIG_DFL)  # a shell's background job ignores some
 
     def frames():
         yield some_frames()[0]
@@ -202,7 +257,8 @@ def test_a_panel_has_the_widest_equal_lines(length, width, shape):
 
 def race_frames(model):
     args = Namespace(seed=0, temperature=1.0, parallel_temperature=1.0, prompt="To be", fps=10)
-    return list(drawing.frames(race.scenes(model, args, drawing.Recorder(0)), mask_token_id=0))
+    scenes = race.scenes(model, args, lambda name: drawing.Recorder(0, name))
+    return list(drawing.frames(scenes, mask_token_id=0))
 
 
 def states_in_parallel(model):
@@ -217,9 +273,11 @@ def test_each_runner_of_a_race_makes_one_network_call_a_frame_and_then_waits():
     frames, n = race_frames(model), len(states_in_parallel(model))
     panels = [(frame.masked[:, :32], frame.masked[:, 36:]) for frame in frames]
     assert [int(left.sum()) for left, _ in panels[:28]] == list(range(27, -1, -1))
-    title = "network calls   left to right, no cache: {}   in parallel: {}"
-    assert frames[5].title == title.format(5, 5) and frames[-1].title == title.format(27, n)
+    for frame, left, right in (frames[5], 5, 5), (frames[-1], 27, n):
+        title = f"left to right: {left} calls", f"in parallel: {right} calls"
+        assert tuple(re.split("  +", frame.title)) == title
     assert not panels[n][1].any() and len(frames) == 29
+    assert frames[n].hold == 1 and frames[n + 1].hold < 1  # faster, once one of them waits
     assert (frames[-1].ids[0, :5] == torch.tensor(list(b"To be"))).all()
 
 
@@ -242,16 +300,58 @@ def test_pictures_colour_masked_and_fresh_characters():
     assert first.size == third.size
 
 
-def test_gif_has_every_frame_with_its_duration(tmp_path):
+def durations(path):
+    with Image.open(path) as gif:
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            yield gif.info["duration"]
+
+
+def test_gif_begins_with_the_last_frame_and_then_shows_every_one_for_its_time(tmp_path):
     frames = some_frames()
     frames[-1].hold = 10
     drawing.save(frames, tmp_path / "a.gif", fps=10)
+    assert list(durations(tmp_path / "a.gif")) == [1000, 100, 100, 1000]
     with Image.open(tmp_path / "a.gif") as gif:
-        durations = []
-        for i in range(gif.n_frames):
-            gif.seek(i)
-            durations.append(gif.info["duration"])
-    assert durations == [100, 100, 1000]
+        first = gif.convert("RGB")
+        gif.seek(3)
+        assert first.tobytes() == gif.convert("RGB").tobytes()
+
+
+def assert_pictures_agree(page, gif, stills):
+    """The GIF's first frame shows the page's text; the stills are those of the page's steps."""
+    run, = island(page.read_text("utf-8"))["runs"]
+    recorder = drawing.Recorder(0)
+    recorder.steps, recorder.text = run["steps"], last(drawing.replay(run["steps"]))
+    *_, frame = drawing.frames(process.pictures(run["steps"], 0, 0, 1), mask_token_id=0)
+    with Image.open(gif) as image:
+        difference = ImageChops.difference(drawing.picture(frame), image.convert("RGB"))
+    assert max(most for _, most in difference.getextrema()) < 50  # the GIF has fewer colours
+    for path, dark in stills.items():
+        again = page.with_name("again.png")
+        drawing.still(recorder, again, dark)
+        with Image.open(path) as made, Image.open(again) as remade:
+            assert made.tobytes() == remade.tobytes()
+
+
+def test_page_gif_and_stills_show_the_same_text(tiny_weights, tmp_path, command):
+    for name in ("x.html", "x.gif", "x.png"):
+        made = command(process.main, "--weights", tiny_weights, "--save", tmp_path / name)
+        assert made.returncode == 0, made.stderr
+    stills = {tmp_path / "x.png": False, tmp_path / "x-dark.png": True}
+    assert_pictures_agree(tmp_path / "x.html", tmp_path / "x.gif", stills)
+    other = tmp_path / "other.gif"
+    command(process.main, "--weights", tiny_weights, "--save", other, "--seed", 2)
+    with pytest.raises(AssertionError):
+        assert_pictures_agree(tmp_path / "x.html", other, {})
+
+
+@pytest.mark.xfail(reason="made anew with the new default of the sampler", strict=True)
+def test_the_pictures_of_the_readme_show_the_text_of_the_page_beside_them(tmp_path):
+    folder, page = ROOT / "animations", tmp_path / "x.html"
+    page.write_bytes((folder / "denoising.html").read_bytes())
+    stills = {folder / "order.png": False, folder / "order-dark.png": True}
+    assert_pictures_agree(page, folder / "animation.gif", stills)
 
 
 def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -265,11 +365,6 @@ def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_scripts_write_pictures_without_a_display(tiny_weights, tmp_path):
     """The backend that a notebook leaves in the environment must not matter either."""
     settings = {"DISPLAY": "", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    made = script("animations/diffusion-process.py", "--weights", tiny_weights, "--num-blocks", 2,
-                  "--save", tmp_path / "a.gif", env=settings)
-    assert made.returncode == 0, made.stderr
-    with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.n_frames > 4
     made = script("animations/loss-curve.py", "--save", tmp_path / "x.png", env=settings)
     assert made.returncode == 0, made.stderr
     with Image.open(tmp_path / "x.png") as image:
@@ -280,7 +375,7 @@ def test_output_is_utf8_whatever_the_locale_says(tiny_weights):
     shown = script("animations/diffusion-process.py", "--weights", tiny_weights,
                    "--num-blocks", 1, env={"PYTHONIOENCODING": "cp1252"})
     assert shown.returncode == 0, shown.stderr
-    assert len(shown.stdout.splitlines()[1]) == 32
+    assert "correction" in shown.stdout.splitlines()[0]
 
 
 def test_the_loss_curve_draws_the_log_in_weights_and_refuses_weights_without_one(tmp_path, command):
