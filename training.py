@@ -614,7 +614,7 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
         # Compile and DDP
         if leader:
             say(f"training on {about['hardware']}")
-        rows = args.batch_size // world
+        B, rows = args.batch_size, args.batch_size // world
         mine = slice(rank * rows, (rank + 1) * rows)  # of the batch
         network = run.model
         if not args.no_compile and device.type != "mps":
@@ -658,10 +658,9 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
 
                 # The batch. Every process draws the whole and keeps its rows, so that the batch
                 # does not depend on their number
-                batch = draw_batch(text, config, args.batch_size, run.generator, progress,
-                                   curriculum)
-                batch = [part[mine] for part in batch]
                 teacher = teachers[run.step % len(teachers)] if teachers else None
+                batch = draw_batch(text, config, B, run.generator, progress, curriculum)
+                batch = [part[mine] for part in batch]
 
                 # Forward, loss, backward, update
                 loss = batch_loss(network, batch, teacher) * world  # DDP takes the processes' mean

@@ -43,17 +43,25 @@ def test_readme_reports_the_bound_in_the_meta_of_the_shipped_weights(shipped):
     assert f"{meta['val_nelbo'] / math.log(2):.4f}" in readme
 
 
-def test_the_denoising_loop_of_the_readme_is_that_of_sample_py():
-    readme, source = ((ROOT / name).read_text("utf-8") for name in ("README.md", "sample.py"))
-    loop = re.search("```python\n(.*?)```\n", readme, re.DOTALL)[1]
+def test_the_code_that_the_readme_quotes_stands_in_the_scripts():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    step, loop = re.findall("```python\n(.*?)```\n", readme, re.DOTALL)
     assert loop.startswith("@torch.inference_mode()\ndef denoise(") and "yield x\n" in loop
-    assert loop in source
+    assert loop in (ROOT / "sample.py").read_text("utf-8")
+    assert "draw_batch(" in step and "update(" in step
+    source = (ROOT / "training.py").read_text("utf-8")
+    assert without_margin(step) in without_margin(source)
+
+
+def without_margin(text):
+    return "\n".join(line.strip() for line in text.splitlines())
 
 
 def test_every_file_that_the_readme_names_exists():
     readme = (ROOT / "README.md").read_text("utf-8")
     named = set(re.findall(r"[\w/-]+\.(?:py|md|gif|png|csv|txt|pt)\b", readme))
-    made_by_commands = {"weights/laptop.pt", "weights/my.pt", "weights/mine.pt", "my.txt"}
+    made_by_commands = {"weights/laptop.pt", "weights/mine.pt", "my.txt",
+                        "weights/diffusion_model.1.pt"}
     places = [ROOT, ROOT / "animations"]
     missing = {name for name in named if not any((place / name).exists() for place in places)}
     assert missing <= made_by_commands
