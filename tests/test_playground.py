@@ -439,8 +439,10 @@ def test_the_order_view_marks_filled_and_corrected_characters(page, recording):
 
 
 def test_an_address_that_makes_no_sense_shows_the_text_all_the_same(page, recording):
-    page.open(recording[0], step="abc", at="x,y", view="toString")
-    assert "NaN" not in page.find("main").text and len(page.all(".text > span")) == 32
+    for at in ("x,y", "9999", "1,5"):
+        page.open(recording[0], step="abc", at=at, view="toString")
+        assert "NaN" not in page.find("main").text and len(page.all(".text > span")) == 32
+        assert len(page.all(".text > span[tabindex]")) == 1
 
 
 def test_a_step_that_is_no_call_has_no_number_and_one_call_is_no_plural(page, recording):
@@ -532,6 +534,7 @@ def test_a_gap_becomes_longer_and_shorter_but_never_vanishes(page):
     page.press("Longer")
     until(lambda: page.text() == "To be ___")
     for _ in range(4):
+        page.idle()
         page.press("Shorter")
     assert page.text() == "To be _"
     assert page.js("return document.activeElement.textContent") == "Shorter"
