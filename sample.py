@@ -173,11 +173,12 @@ def draft_and_correct(model, x, region, config: SamplerConfig, generator):
     its turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that visits every
     character equally often. It mends the spelling, as it never draws what is far less likely than
     the likeliest. If it always took the likeliest, question marks would become full stops."""
-    turn = region.cumsum(1) % config.stride
+    stride = min(config.stride, int(region.sum(1).max()))  # no call without a character to redraw
+    turn = region.cumsum(1) % max(1, stride)
     for x in denoise(model, x, config.rule, config.temperature, generator):
         yield x
-    for phase in range(config.sweeps * config.stride):
-        remask = region & (turn == phase % config.stride)
+    for phase in range(config.sweeps * stride):
+        remask = region & (turn == phase % stride)
         x_t = x.masked_fill(remask, model.config.mask_token_id)
         for x in denoise(model, x_t, everything, config.temperature, generator, config.sweep_min_p):
             yield x
