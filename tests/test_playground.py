@@ -250,12 +250,13 @@ def test_the_server_sends_its_page_with_headers_that_keep_it_to_itself(server):
 
 
 def ask_and_leave(server, **settings):
-    """Sends a request and closes the connection once the answer has begun."""
+    """Sends a request and closes the connection a moment after the answer has begun."""
     body = json.dumps(request(**settings)).encode()
     head = b"POST /run HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(server.server_address) as client:
         client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert client.recv(100)
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("name", ["sweeps", "stride"])
