@@ -84,12 +84,15 @@ def frames(scenes: Iterable[tuple], mask_token_id: int) -> Iterator[Frame]:
 class Recorder:
     """Keeps how one text came about, as the steps of a page.
 
-    Each step belongs to a phase. The text is "given"; network calls "draft" it until nothing is
-    masked; from then on the corrector "mask"s some characters again, and a call "correct"s them. A
-    step says which places change (`set`) and to what (`to`). If a network call made it, it also has
-    the call's duration (`ms`) and how much each of the characters surprised the call, in hundredths
-    of a nat (`nats`). What a call expects stands at the step that the call sees: the likeliest
-    characters (`guess`) and their percents (`p`) at the first `most` masked places."""
+    A step says which places change (`set`) and to what (`to`). Its `phase` is
+        given      the text as the sampler gets it
+        draft      a network call writes; so it goes on until nothing is masked
+        mask       the corrector masks some characters again
+        correct    a network call writes those; `mask` and `correct` take turns to the end
+    A step that a call made also has the call's duration (`ms`) and how much each of its characters
+    surprised the call, in hundredths of a nat (`nats`). What a call expects stands at the step that
+    the call sees: the likeliest characters (`guess`) and their percents (`p`) at the first `most`
+    masked places."""
 
     def __init__(self, mask_token_id: int, name: str = "", candidates: int = 5, most=None):
         self.mask_token_id, self.candidates, self.most = mask_token_id, candidates, most
