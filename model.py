@@ -6,18 +6,21 @@ the model, `sample.py` runs it in reverse.
 
 Symbols, here and in the papers (MDLM, arXiv 2406.07524; MD4, arXiv 2406.04329):
 
-    x_0             clean text, (B, T) character ids
+    x_0             clean text, (B, T) ids of characters: a character is a byte of UTF-8 text
     x_t             the same text with some characters replaced by [MASK]
-    t               noise level, 1..diffusion_steps; the network's time index is t - 1
+    S               diffusion_steps, the number of noise levels
+    t               noise level, 1..S
+    time_index      what the network is told: the level of the masked count (`noise_index`), 0..S-1
     alpha           probability that a character is visible at level t: 1 - t / diffusion_steps
     m               number of masked characters in a sequence
-    log_p           log p(x_0 | x_t) at every position, (B, T, V)
+    log_p           log p(x_0 | x_t), (B, T, V); it has a meaning at masked positions
     NELBO           negative evidence lower bound: an upper bound on -log p(x_0)
     B, T, V         batch, sequence length, vocabulary size
     C, H, D         channels, attention heads, channels per head
 """
 
 import argparse
+import glob
 import hashlib
 import itertools
 import math
@@ -161,8 +164,8 @@ class DiffusionTransformer(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """token_emb: normal, std 1. time_emb: zero, so that all noise levels share what they learn
-        first. Both c_proj and output_head: zero, so that every block starts as the identity and
-        every character is equally likely. The others: normal, with
+        first. The two c_proj of a block and output_head: zero, so that every block starts as the
+        identity and every character is equally likely. The others: normal, with
         std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in)."""
         for name, parameter in self.named_parameters():
             if "token_emb" in name:
@@ -239,8 +242,8 @@ def masked_count_weights(length: int, diffusion_steps: int) -> torch.Tensor:
 def nelbo_samples(model, x_0, generator):
     """One unbiased draw of the NELBO for each row of x_0 (B, T), in nats per character, (B,).
 
-    m is drawn from `masked_count_weights`, stratified over the rows, then m positions uniformly,
-    with far less variance than Bernoulli masks weighted by S / t."""
+    Draws m from `masked_count_weights`, stratified over the rows, and then m positions uniformly.
+    The variance is far below that of Bernoulli masks weighted by S / t."""
     (B, T), S, device = x_0.shape, model.config.diffusion_steps, generator.device
     u = torch.rand(B, generator=generator, device=device)
     u = (u + torch.randperm(B, generator=generator, device=device)) / B
@@ -265,9 +268,10 @@ def spaced_windows(tokens, length: int, windows: int):
 def nelbo(model, tokens, passes: int = 8, seed: int = 0, windows: int = 8192):
     """NELBO of a 1-D tensor of ids in nats per character, and its standard error.
 
-    Scores evenly spaced windows of sequence_len, each without context: just enough to cover the
-    text, but at most `windows`. Every pass draws fresh masks for all of them; the standard error
-    comes from the spread of the passes, so `passes` is at least 2. Divide by ln 2 for bits."""
+    Scores the fewest evenly spaced windows of sequence_len that cover the text, or `windows` if
+    that is less, each without context. Every pass draws fresh masks for every window. The standard
+    error measures the spread over the passes (at least 2), not over windows. Divide by ln 2 for
+    bits."""
     T, device = model.config.sequence_len, next(model.parameters()).device
     x_0 = spaced_windows(tokens, T, min(windows, math.ceil(len(tokens) / T)))
     generator = torch.Generator(device).manual_seed(seed)
@@ -287,21 +291,23 @@ def encode_text(text: str, config: DiffusionConfig) -> torch.Tensor:
     last = config.vocab_size - 1  # comparing with vocab_size itself would overflow uint8 at 256
     refused = (ids == config.mask_token_id) | (ids > last)
     if refused.any():
-        position = len(raw[: int(refused.int().argmax())].decode("utf-8", "surrogateescape"))
+        before = raw[: int(refused.int().argmax())].decode("utf-8", "surrogateescape")
+        position = min(len(before), len(text) - 1)  # the byte may be one within a character
         known = "ASCII" if config.vocab_size == 128 else f"the bytes up to {last}"
-        raise BadInput(f"character {text[position]!r} at position {position}: the model knows only "
-                       f"{known} without [MASK] (byte {config.mask_token_id}); one trained from "
-                       "scratch with --vocab-size 256 knows every byte except [MASK]")
+        raise BadInput(f"character {text[position]!r} at position {position}: the model accepts "
+                       f"{known} except byte {config.mask_token_id}, which is [MASK]; one trained "
+                       "from scratch with --vocab-size 256 accepts every byte except [MASK]")
     return ids
 
 
 def decode_tokens(tokens) -> str:
-    """The text of a 1-D tensor of ids; bytes that are no whole UTF-8 character become U+FFFD."""
+    """The text of a 1-D tensor of ids; bytes that do not form a UTF-8 character become U+FFFD."""
     return bytes(tokens.tolist()).decode("utf-8", errors="replace")
 
 
 def read_text(path: Path | str) -> str:
-    """The UTF-8 text of a file, or of stdin for "-": no byte order mark, line ends as on Unix."""
+    """The UTF-8 text of a file, or of stdin for "-", without byte order mark and with LF for CRLF.
+    """
     try:
         raw = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
@@ -315,7 +321,7 @@ def load_corpus(path: Path | str, config: DiffusionConfig):
     twelve sequences, or has a character outside the vocabulary."""
     text = read_text(path)
     ids = encode_text(text, config)
-    if len(ids) < 12 * config.sequence_len:  # the last tenth, too, needs a whole window
+    if len(ids) < 12 * config.sequence_len:  # 9% of it, training's held-out slice, is a window
         raise BadInput(f"{path}: {len(ids)} characters are too few; 12 sequences of "
                        f"{config.sequence_len} are the least")
     train, val = ids.tensor_split([int(0.9 * len(ids))])
@@ -326,8 +332,8 @@ def load_corpus(path: Path | str, config: DiffusionConfig):
 
 
 def free_name(path: Path) -> Path | None:
-    """Where a file X.pt can move aside: the first free name of X.1.pt, X.2.pt ...; None if there is
-    no file X.pt. Follows links."""
+    """The name to which a file X.pt can move: the first free one of X.1.pt, X.2.pt ...; None if
+    there is no file X.pt. Follows links."""
     path = Path(path).resolve()
     if not path.exists():
         return None
@@ -338,15 +344,15 @@ def free_name(path: Path) -> Path | None:
 @contextmanager
 def replacing(path: Path, aside: Path | None = None) -> Iterator[IO[bytes]]:
     """A temporary file beside `path`, open for writing, which is flushed to disk and renamed to
-    `path` in the end: a crash at any moment leaves the old file or the new one. The old file is
-    replaced, or renamed to `aside`. Follows links; what is no regular file, like /dev/null, is
-    written directly."""
+    `path` in the end. It replaces the old file, or the old file is renamed to `aside` just before.
+    So a crash never leaves a half-written `path`. Follows links. Writes directly to a path that is
+    not a regular file, such as /dev/null."""
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
         with open(path, "wb") as file:
             yield file
         return
-    temporary = path.with_name(f"{path.name[:30]}.{os.getpid()}.tmp")  # short: names have a limit
+    temporary = path.with_name(f"{path.name[:30]}.{os.getpid()}.tmp")  # `temporaries` finds it
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -364,6 +370,12 @@ def replacing(path: Path, aside: Path | None = None) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def temporaries(path: Path) -> list[Path]:
+    """What `replacing` was writing when its process was killed."""
+    path = path.resolve()
+    return list(path.parent.glob(f"{glob.escape(path.name[:30])}.[0-9]*.tmp"))
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without what torch.compile and DistributedDataParallel put before it."""
     return str(name).replace("_orig_mod.", "").removeprefix("module.")
@@ -376,8 +388,8 @@ def bfloat16_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_weights(model: nn.Module, meta: dict, path: Path) -> Path | None:
-    """Writes the weights as bfloat16; `meta` says what they score as such. A file that stood there
-    moves aside, and its new name is returned."""
+    """Writes the weights, as bfloat16, and `meta`. An earlier file at `path` moves aside. Returns
+    its new name."""
     contents = {"model": bfloat16_state(model), "config": asdict(model.config), "meta": meta}
     aside = free_name(path)
     with replacing(path, aside) as file:
@@ -391,23 +403,23 @@ def read_checkpoint(path: Path | str) -> dict:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for broken files
-        why = getattr(error, "strerror", None) or f"not whole, or not by torch.save ({error!r:.40})"
+        why = getattr(error, "strerror", None) or f"broken, or not by torch.save ({error!r:.40})"
         raise BadInput(f"weights file {path}: {why}; uv run training.py makes one") from error
     contents = contents if isinstance(contents, dict) else {}
     if "token_emb.weight" in map(plain_name, contents):
         contents = {"model": contents, "config": asdict(DiffusionConfig()), "meta": {}}
     if not all(isinstance(contents.get(part), dict) for part in ("model", "config", "meta")):
-        raise BadInput(f"weights file {path}: no tiny-diffusion model (needs model, config, meta)")
+        raise BadInput(f"weights file {path}: not a tiny-diffusion model (model, config, meta)")
     return contents
 
 
 def load_weights(path: Path | str, device: torch.device | str = "cpu"):
     """The DiffusionTransformer in float32 on `device`, in eval mode, and its meta. Raises BadInput
-    where names, shapes and numbers are not what the file's config asks for."""
+    if a name or shape does not fit the file's config, or if a weight is not finite."""
     contents = read_checkpoint(path)
     state = {plain_name(name): tensor for name, tensor in contents["model"].items()}
     try:
-        with torch.device("meta"):  # without memory, as a damaged file may ask for any size
+        with torch.device("meta"):  # allocates nothing: a damaged config may name any size
             model = DiffusionTransformer(DiffusionConfig(**contents["config"]))
         model.load_state_dict(state, assign=True)
         model = model.float().to(device)
@@ -429,7 +441,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults and answers bad input with one line and exit code 2."""
+    """An ArgumentParser that shows defaults and raises BadInput for bad input."""
 
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=HelpFormatter)
@@ -459,7 +471,7 @@ TEMPERATURE = number(float, 0, 100)
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first of CUDA, Apple's MPS and the CPU that works.
-    Raises BadInput for a device that is missing or can't run this build of PyTorch's kernels."""
+    Raises BadInput for a device that is missing or can't run the installed PyTorch's kernels."""
     for candidate in ("cuda", "mps", "cpu") if name == "auto" else (name,):
         try:
             (torch.ones(1, device=candidate) + 1).item()
@@ -467,15 +479,16 @@ def pick_device(name: str) -> torch.device:
         except (RuntimeError, AssertionError, ImportError) as error:
             why = str(error).partition(". ")[0].partition("\n")[0][:100]
             if name != "auto":
-                raise BadInput(f"--device {name} can't be used ({why}); there are auto, cpu, cuda "
-                               "and mps") from error
+                raise BadInput(f"--device {name} can't be used ({why}); choose auto, cpu, cuda "
+                               "or mps") from error
             if candidate == "cuda" and torch.cuda.is_available():
                 say(f"cuda does not work ({why}); trying the next device")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bfloat16 matrix units. A CPU without them emulates bfloat16: about
-    100 times slower than float32."""
+    """Whether this project multiplies in bfloat16 on the device: on CUDA and on CPUs, if the
+    hardware has units for it. A CPU without them emulates bfloat16, 100 times slower than float32.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -487,14 +500,14 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def harmless(text: str, stream: IO[str]) -> str:
-    """The text for the stream: on a terminal, a dot for each control character but tab and line
-    end. An escape sequence that a model wrote could do anything there."""
+    """The text for the stream. On a terminal, a dot replaces every control character except tab
+    and line end: an escape sequence that a model wrote could do anything there."""
     return CONTROL.sub("·", text) if stream.isatty() else text
 
 
 def say(message: str) -> None:
-    """One line on stderr, above a progress bar if there is one. If it can't be written any more (a
-    closed terminal, `| head`, a full disk), the program goes on."""
+    """Writes a message to stderr, above a progress bar if there is one. If that fails (a closed
+    terminal, `| head`, a full disk), the program goes on."""
     with suppress(OSError):
         tqdm.write(harmless(message, sys.stderr), file=sys.stderr)
 
@@ -507,8 +520,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def start(main: Callable[[], None]) -> None:
-    """Calls main; bad input, failing files and too little memory end in one line and exit code 2, a
-    closed pipe quietly. What is written is UTF-8 on every platform."""
+    """Calls main. Bad input, a failing file or too little memory prints one line and exits with
+    code 2. Ctrl-C exits with 130. A closed pipe ends the program silently. Output is UTF-8."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as by 2>&-
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))

@@ -1,18 +1,19 @@
 """Train the diffusion model on a text file, on one CPU, one GPU, or several.
 
     uv run training.py                                           # 20,000 steps of 64 x 256
-    uv run training.py --max-minutes 120 --batch-size 32         # as much as two hours can buy
+    uv run training.py --max-minutes 120 --batch-size 32         # stop after two hours
     uv run torchrun --standalone --nproc_per_node=4 training.py  # the same run on four GPUs
     uv run training.py --resume                                  # after Ctrl-C, SIGTERM, a crash
     uv run training.py --init weights/diffusion_model.pt --data my.txt --weights weights/my.pt
     uv run training.py --eval-only                               # measure the weights
 
-While a run goes on, it writes only X.state.pt; --resume and sample.py can read that. At its end,
-its weights become X.pt; a file X.pt that stood there becomes X.1.pt. Both hold the log.
+X.pt is the file that --weights names. During a run, training.py writes X.state.pt, which --resume
+and sample.py can read. At the end, it writes the best weights to X.pt and renames an earlier X.pt
+to X.1.pt, X.2.pt, ... Both files contain the log.
 
-The last 10% of the text are the validation split, which chooses nothing. The rest is the train
-split. Its first 40,000 characters, or a tenth of a shorter split, are not learned either: they
-choose the evaluation whose weights the run keeps.
+The last 10% of the first text is the validation split. It only measures the final weights. The
+first 40,000 characters of the other 90% (a tenth, if that is less) are the held-out slice. The run
+keeps the weights that score best on the held-out slice. Training reads the remaining text.
 """
 
 import os
@@ -21,7 +22,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin
 
 import argparse
 import ctypes
-import glob
 import hashlib
 import math
 import platform
@@ -47,7 +47,7 @@ from model import (
     COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, BadInput, CommandLine, DiffusionConfig,
     DiffusionTransformer, autocast, bfloat16_state, decode_tokens, load_corpus, load_weights,
     masked_nll, multiplies_bf16, nelbo, noise_index, number, pick_device, q_sample,
-    read_checkpoint, replacing, save_weights, say, start,
+    read_checkpoint, replacing, save_weights, say, start, temporaries,
 )
 from sample import denoise, dilated, sample_command
 
@@ -59,14 +59,15 @@ except ImportError:  # Windows
 ADAMW_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
-PREFIX_SHARE = 0.25  # share of the sequences with a clean prefix, as sampling has one
-TEACHER_SHARE = 0.5  # of the loss, where there is a teacher; the rest is the text's
-HELD_OUT = 40_000   # characters at the start of the train split (a tenth of a short one): those at
-                    # its end belong to the play that most of the validation split comes from
+PREFIX_SHARE = 0.25  # share of the sequences with a clean prefix: sampling has one, too
+TEACHER_SHARE = 0.5  # weight of a teacher's term in the loss; the text's term has the rest
+HELD_OUT = 40_000   # characters of the held-out slice. The end of the first 90% and most of the
+                    # validation split are from one play, so the slice is taken from the start
 QUICK = {"passes": 4, "windows": 64, "seed": 0}  # the same crops and masks at every evaluation
-SIZES = [field.name for field in fields(DiffusionConfig) if field.name != "mask_token_id"]
-NOT_SAVED = {"weights", "device", "resume"}  # settings that belong to a command, not to its run
-MAY_DIFFER = {"no_compile", "eval_interval", "data", "teachers"}  # on --resume; texts by checksum
+SIZES = [size.name for size in fields(DiffusionConfig) if size.name != "mask_token_id"]
+NOT_SAVED = {"weights", "device", "resume"}  # settings that --resume does not restore
+# --resume accepts other values of these; `train` compares texts and teachers by checksum
+MAY_DIFFER = {"no_compile", "eval_interval", "data", "teachers"}
 
 
 # The command line ---------------------------------------------------------------------------------
@@ -84,12 +85,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[dict, dict]:
 
     files = parser.add_argument_group("files")
     add(files, "--weights", DEFAULT_WEIGHTS, "file to write, X.pt", type=Path)
-    add(files, "--data", [str(DEFAULT_DATA)], "training text, whose last 10%% validates; all of "
-        "any further texts is learned", nargs="+", metavar="TEXT")
+    add(files, "--data", [str(DEFAULT_DATA)], "training texts; the last 10%% of the first one "
+        "validates, further ones are learned whole", nargs="+", metavar="TEXT")
     add(files, "--first-share", None, "share of the sequences that come from the first text "
-        "(without it, every text counts by its length)", type=number(float, 0, 1))
-    add(files, "--teachers", [], "learn these models' probabilities too; one of them, in turn, at "
-        "each step", nargs="+", metavar="WEIGHTS")
+        "(default: its share of all characters)", type=number(float, 0, 1))
+    add(files, "--teachers", [], "models whose probabilities are learned too; each step uses the "
+        "next one in turn", nargs="+", metavar="WEIGHTS")
     mode = parser.add_mutually_exclusive_group()
     add(mode, "--init", None, "start from these weights", metavar="WEIGHTS")
     add(mode, "--resume", False, "continue X.state.pt with the settings of that run",
@@ -101,21 +102,22 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[dict, dict]:
         add(network, "--" + size.replace("_", "-"), getattr(DiffusionConfig, size), about, type=int)
     how_long = parser.add_mutually_exclusive_group()
     add(how_long, "--steps", 20_000, "optimizer steps", type=COUNT)
-    add(how_long, "--max-minutes", None, "train by the clock instead, from the first step on",
+    add(how_long, "--max-minutes", None, "stop after this many minutes in the loop instead",
         type=number(float, 1e-3))
     training = parser.add_argument_group("optimization")
     add(training, "--batch-size", 64, "sequences per step, over all processes", type=COUNT)
-    add(training, "--learning-rate", None, "peak for the block matrices (default: 0.005, or 0.02 "
-        "by the clock and in fewer than 10,000 steps)", type=number(float, 1e-12))
+    add(training, "--learning-rate", None, "peak learning rate of the block matrices (default: "
+        "0.005; 0.02 with --max-minutes or in fewer than 10,000 steps)", type=number(float, 1e-12))
     add(training, "--decay", None, "share of the run in which the learning rate falls to zero "
-        "(default: 1, or 0.5 where the learning rate is 0.02)", type=number(float, 0, 1))
+        "(default: 1; 0.5 with --max-minutes or in fewer than 10,000 steps)",
+        type=number(float, 0, 1))
     add(training, "--weight-decay", 0.0, "of the block matrices", type=number(float, 0))
     add(training, "--seed", 1337, "random seed", type=SEED)
     running = parser.add_argument_group("running")
     add(running, "--eval-interval", None, "steps between evaluations (default: 250; on CUDA 1000)",
         type=COUNT)
     add(running, "--device", "auto", "auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    add(running, "--no-compile", False, "without torch.compile, which takes a minute",
+    add(running, "--no-compile", False, "skip torch.compile, which takes about a minute",
         action="store_true")
     return vars(parser.parse_args(argv)), defaults
 
@@ -123,7 +125,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[dict, dict]:
 def settle(given: dict, defaults: dict, saved: dict, source: Path | str) -> argparse.Namespace:
     """The settings of a run: those that were given, else those that `source` has saved, else the
     defaults. Raises BadInput where a given setting contradicts a saved one."""
-    for name in given.keys() & saved.keys() - MAY_DIFFER:
+    for name in (given.keys() & saved.keys()) - MAY_DIFFER:
         if given[name] != saved[name]:
             flag = f"--{name.replace('_', '-')} {given[name]}"
             raise BadInput(f"{flag}: {source} has {saved[name]}")
@@ -138,16 +140,16 @@ def settle(given: dict, defaults: dict, saved: dict, source: Path | str) -> argp
 
 
 class Texts(NamedTuple):
-    learned: torch.Tensor  # (N,) ids: what is learned of the first text, then all of the others
-    first_len: int         # characters of the first text in `learned`
-    held: torch.Tensor     # chooses the weights that are kept
-    val: torch.Tensor      # validates
-    sha256: list[str]      # of every text
+    learned: torch.Tensor  # (N,) ids: the learned part of the first text, then all further texts
+    first_len: int         # length of the learned part of the first text
+    held: torch.Tensor     # held-out slice: selects the weights to keep
+    val: torch.Tensor      # validation split
+    sha256: list[str]      # checksum of each text
 
 
 def read_texts(paths: list[str], config: DiffusionConfig) -> Texts:
-    """Raises BadInput for a text that can't be used, and for a further text that would teach the
-    validation split of the first one."""
+    """Reads and splits the texts. Raises BadInput for an unusable text, and for a further text that
+    contains the validation split of the first one."""
     train, val, sha256 = load_corpus(paths[0], config)
     held, train = train.tensor_split([min(HELD_OUT, len(train) // 10)])
     learned, checksums = [train], [sha256]
@@ -167,7 +169,8 @@ def read_texts(paths: list[str], config: DiffusionConfig) -> Texts:
 
 def orthogonalize(matrices, steps: int = 5):
     """Roughly the nearest semi-orthogonal matrices: Newton-Schulz iteration moves the singular
-    values of (N, rows, columns) to about 1. Coefficients: kellerjordan.github.io/posts/muon."""
+    values of each of N matrices (N, rows, columns) to about 1. The coefficients are from
+    kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(1) > matrices.size(2)
     X = matrices.mT if tall else matrices
@@ -180,10 +183,9 @@ def orthogonalize(matrices, steps: int = 5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: the update of torch.optim.Muon. But the matrices of a group, which
-    have one shape, go through one batched iteration, and in float32 where the hardware does not
-    multiply bfloat16: torch's version always uses bfloat16, whose emulation takes a minute a step.
-    """
+    """Makes the update of torch.optim.Muon: momentum, orthogonalized. All matrices of a group have
+    one shape and go through one batched iteration. It runs in float32 where the hardware has no
+    bfloat16: torch.optim.Muon would emulate bfloat16 there, which takes a minute a step."""
 
     @torch.no_grad()
     def step(self):
@@ -222,14 +224,14 @@ def make_optimizers(model, learning_rate: float, weight_decay: float = 0.0):
 
 
 class Curriculum(NamedTuple):
-    """How the noise level t and the places of the sequences are drawn in the course of a run."""
+    """How the sequences of a batch are drawn in the course of a run."""
 
     spread: float   # width in logits of the bell from which t / S is drawn (ablations.md)
     opening: float  # share of the run in which the range of t / S widens from 40% to all of it:
                     # at first many visible neighbours teach the most
-    flat_share: float = 1 / 16  # of the sequences with uniform t; a bell of width 1 never has t = 1
-    first_share: float | None = None  # of the sequences that come from the text's beginning,
-    first_len: int = 0                # which has this many characters
+    flat_share: float = 1 / 16  # share of the sequences with uniform t: the bell never draws t = 1
+    first_share: float | None = None  # share of the sequences from the first text; None: by length
+    first_len: int = 0                # length of the first text
 
 
 FROM_SCRATCH = Curriculum(spread=1.0, opening=0.5)
@@ -238,19 +240,18 @@ AFTER_INIT = Curriculum(spread=1.7, opening=0.0)  # nearly uniform, as the bound
 
 def draw_levels(B: int, S: int, progress: float, generator, device, curriculum=FROM_SCRATCH):
     """Noise levels t (B,) in 1..S at `progress` (0..1) of the run."""
-    # Stratified: one draw from each of B equal shares of the distribution
-    share = torch.randperm(B, generator=generator, device=device)
-    u, flat = torch.rand(2, B, generator=generator, device=device)
-    quantile = ((share + u) / B).clamp(1e-4, 1 - 1e-4)
+    # Stratified: one draw from each of B equal parts of the distribution
+    stratum = torch.randperm(B, generator=generator, device=device)
+    u, v = torch.rand(2, B, generator=generator, device=device)
+    quantile = ((stratum + u) / B).clamp(1e-4, 1 - 1e-4)
     # A logit-normal bell around 1/2, where a sequence has both something to read and something to
     # predict (arXiv 2605.13026)
     normal = math.sqrt(2) * torch.erfinv(2 * quantile - 1)  # MPS has no ndtri
     bell = torch.sigmoid(curriculum.spread * normal)
-    noise = torch.where(flat < curriculum.flat_share, quantile, bell)
-    opened = 1.0
+    noise = torch.where(v < curriculum.flat_share, quantile, bell)
     if progress < curriculum.opening:
-        opened = 0.4 + 0.6 * progress / curriculum.opening
-    return (noise * opened * S).long() + 1
+        noise *= 0.4 + 0.6 * progress / curriculum.opening
+    return (noise * S).long() + 1
 
 
 def draw_starts(length: int, T: int, B: int, generator, device, curriculum=FROM_SCRATCH):
@@ -273,7 +274,8 @@ def draw_batch(text, config, batch_size: int, generator, progress=1.0, curriculu
     t = draw_levels(B, config.diffusion_steps, progress, generator, device, curriculum)
     u, v = torch.rand(2, B, generator=generator, device=device)
     prefix_len = (1 + u * config.context_len).long().clamp(max=config.context_len)
-    x_t, masked = q_sample(x_0, t, config, generator, prefix_len * (v < PREFIX_SHARE))
+    prefix_len = prefix_len.where(v < PREFIX_SHARE, 0)
+    x_t, masked = q_sample(x_0, t, config, generator, prefix_len)
     # Equal weights and uniform t would make the loss the bound (RADD, arXiv 2406.03736), but too
     # noisy: a sequence with one masked character would count as much as one with 256. The square
     # root trades a little of the objective for much less noise.
@@ -325,12 +327,12 @@ def update(model, optimizers, factor: float) -> None:
 
 
 def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device. Under torchrun there are several processes, and else one,
-    as a platform may set RANK for purposes of its own."""
+    """Rank, number of processes, device. Only torchrun starts several processes: RANK alone proves
+    nothing, as some platforms set it for purposes of their own."""
     torch.set_float32_matmul_precision("high")
     if platform.libc_ver()[0] == "glibc":
-        # Keep the memory of activations: the kernel would clear every page that the next step asks
-        # for, up to a quarter of a step on a CPU
+        # Keep freed activations in the process. Otherwise the kernel clears their pages again for
+        # the next step, which costs up to a quarter of a step on a CPU
         for option, value in (-4, 0), (-1, -1):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
     if not dist.is_torchelastic_launched():
@@ -377,19 +379,22 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def compiled(model, batch_size: int, learns: bool = True):
-    """The model under torch.compile, tried on one batch as it will be used: a teacher doesn't
-    learn. Where the trial fails, a warning and the eager model. g++ 12 removes live stores from
-    Inductor's CPU code, which makes gradients silently wrong, so it is told not to."""
+    """Compiles the model and tries it on one batch, with a backward pass if it `learns` (a teacher
+    doesn't). If the trial fails, prints a warning and returns the eager model. -fno-dse stops
+    g++ 12 from removing live stores in Inductor's CPU code, which makes gradients silently wrong.
+    """
     gcc = {"cpp.cxx": (None, f"{os.environ.get('CXX', 'g++')} -fno-dse")}
     network = torch.compile(model, options=gcc if sys.platform == "linux" else None)
     device, T = next(model.parameters()).device, model.config.sequence_len
-    x_t = torch.full((batch_size, T), model.config.mask_token_id, device=device)
+    mask_token_id = model.config.mask_token_id
+    x_t = torch.full((batch_size, T), mask_token_id, device=device)
+    x_0 = torch.full_like(x_t, 1 if mask_token_id == 0 else 0)  # any character but [MASK]
     masked = torch.ones_like(x_t, dtype=torch.bool)
     try:
         with autocast(device), torch.set_grad_enabled(learns):
             log_p = network(x_t, noise_index(masked, model.config.diffusion_steps))
         if learns:
-            masked_nll(log_p, x_t + 1, masked).sum().backward()
+            masked_nll(log_p, x_0, masked).sum().backward()
     except Exception as error:  # no compiler, a broken one, no support: torch raises many kinds
         say(f"torch.compile failed, continuing without it: {error!r:.200}".splitlines()[0])
         network = model
@@ -402,15 +407,15 @@ def compiled(model, batch_size: int, learns: bool = True):
 
 @dataclass
 class Run:
-    """All that a run changes as it goes, which its state has to hold."""
+    """Everything that changes during a run. X.state.pt stores all of it."""
 
     model: DiffusionTransformer
     optimizers: list[torch.optim.Optimizer]
     generator: torch.Generator
     step: int = 0
-    seconds: float = 0.0  # in the loop
+    seconds: float = 0.0  # in the loop, evaluations included
     log: list[dict] = field(default_factory=list)  # a row of bounds for every evaluation
-    best: dict = field(default_factory=dict)  # the row of the least held-out bound, its weights
+    best: dict = field(default_factory=dict)  # "row": that of the lowest held-out bound; "model"
 
     def state(self) -> dict:
         return {
@@ -422,8 +427,8 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
-        """Continues from what `state` returned. Raises KeyError, TypeError, ValueError or
-        RuntimeError where another kind of run did."""
+        """Restores what `state` returned. Raises KeyError, TypeError, ValueError or RuntimeError
+        if the contents do not fit this model and these optimizers."""
         self.model.load_state_dict(state["model"])
         for optimizer, contents in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(contents)
@@ -440,8 +445,8 @@ def state_beside(weights: Path) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the operating system's lock on a file beside `path`; it ends with the process, however
-    that ends. Raises BadInput where another process has it. Windows has no such lock."""
+    """Holds a lock on a file beside `path`. The operating system frees it when the process ends,
+    even by a crash. Raises BadInput if another process has it. Windows has no such lock."""
     if not fcntl:
         yield
         return
@@ -450,7 +455,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BadInput(f"{path}: its run is going on") from error
+            raise BadInput(f"{path}: its run is going on in another process") from error
         try:
             yield
         finally:
@@ -459,37 +464,41 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(weights: Path, resume: bool) -> Iterator[None]:
-    """Inside, no other run can have X.pt and X.state.pt. Raises BadInput where a run is going on,
-    where a new run would replace the state of another, and for files that no run wrote."""
-    state = state_beside(weights)
+    """Inside, no other run can write X.pt and X.state.pt. Raises BadInput if another run is active,
+    if X.state.pt holds an unfinished run, or if X.pt is not a checkpoint."""
+    state_path = state_beside(weights)
     if weights.suffix != ".pt" or weights.name.endswith(".state.pt"):
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
     if weights.exists():
-        read_checkpoint(weights)
-    state.parent.mkdir(parents=True, exist_ok=True)
-    with locked(state):
-        if fcntl and state.exists() and not state.stat().st_size:
-            state.unlink()  # a run was killed before its first save
+        read_checkpoint(weights)  # raises BadInput
+    state_path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(state_path):
+        if fcntl and is_empty(state_path):
+            state_path.unlink()  # a run was killed before its first save
         try:
-            state.touch(exist_ok=resume)
+            state_path.touch(exist_ok=resume)
         except FileExistsError as error:
-            raise BadInput(f"{state} holds a run: --resume continues it, or delete it") from error
-        for name in weights.name, state.name:  # remove what a killed run was writing
-            for temporary in state.parent.glob(f"{glob.escape(name[:30])}.[0-9]*.tmp"):
-                temporary.unlink()
+            raise BadInput(f"{state_path} holds a run: --resume continues it, or delete it"
+                           ) from error
+        for unfinished in *temporaries(weights), *temporaries(state_path):
+            unfinished.unlink()  # a run was killed while it wrote
         try:
             yield
         finally:
-            if state.exists() and not state.stat().st_size:
-                state.unlink()
+            if is_empty(state_path):
+                state_path.unlink()
+
+
+def is_empty(path: Path) -> bool:
+    return path.exists() and not path.stat().st_size
 
 
 def try_to(save, *arguments) -> None:
-    """Calls save(*arguments). A save that fails, as on a full disk, ends no run: the next one tries
+    """Calls save(*arguments). A failed save (a full disk) does not end the run: the next save tries
     again."""
     try:
         save(*arguments)
-    except (OSError, RuntimeError) as error:  # torch.save makes the one the other
+    except (OSError, RuntimeError) as error:  # torch.save turns one into the other
         say(f"not saved, the next save tries again: {str(error).splitlines()[0]}")
 
 
@@ -504,8 +513,10 @@ def save_state(args: argparse.Namespace, about: dict, run: Run) -> None:
 
 
 def evaluate(args: argparse.Namespace, run: Run, texts: Texts) -> None:
-    """Adds the quick bounds of the train split and the held-out slice to the log, keeps the weights
-    if they are the best so far, and shows the bounds and some text."""
+    """Adds bounds of the learned text and of the held-out slice to the log, keeps the weights if
+    they are the best so far, and shows the bounds and some text."""
+    if run.log and run.log[-1]["step"] == run.step:
+        return  # a resumed run has done so
     splits = {"train": texts.learned[: texts.first_len], "held": texts.held}
     bounds = {f"{name}_nelbo": nelbo(run.model, ids, **QUICK)[0] for name, ids in splits.items()}
     T, mask_token_id = run.model.config.sequence_len, run.model.config.mask_token_id
@@ -529,14 +540,14 @@ def show_bound(path: Path, mean: float, error: float) -> None:
 
 
 def finish(args: argparse.Namespace, about: dict, run: Run, val) -> None:
-    """Writes the run's best weights with their full bound, moves aside what stood there, and says
-    so. The last line is the command that writes with the weights."""
+    """Writes the best weights with their validation bound, moves an earlier file aside, and prints
+    both. Prints the command that samples from the weights last."""
     run.model.load_state_dict(run.best["model"])
-    mean, error = nelbo(run.model, val)
-    meta = {**about, **run.best["row"], "val_nelbo": mean, "val_nelbo_error": error, "log": run.log}
-    score = None
-    if args.weights.exists():
-        score = read_checkpoint(args.weights)["meta"].get("val_nelbo")
+    mean, standard_error = nelbo(run.model, val)
+    meta = {**about, **run.best["row"], "val_nelbo": mean, "val_nelbo_error": standard_error,
+            "log": run.log}
+    earlier = read_checkpoint(args.weights)["meta"] if args.weights.exists() else {}
+    score = earlier.get("val_nelbo")
     try:
         aside = save_weights(run.model, meta, args.weights)
     except (OSError, RuntimeError) as error:
@@ -545,7 +556,7 @@ def finish(args: argparse.Namespace, about: dict, run: Run, val) -> None:
     if aside:
         scored = f" ({score:.4f})" if isinstance(score, float) else ""
         print(f"{args.weights}{scored} is {os.path.relpath(aside)} now")
-    show_bound(args.weights, mean, error)
+    show_bound(args.weights, mean, standard_error)
     print(f"write with it: {sample_command(args.weights)}")
 
 
@@ -554,7 +565,7 @@ def start_run(args: argparse.Namespace, state: dict | None, device: torch.device
     torch.manual_seed(args.seed)
     source = state_beside(args.weights) if state else args.init
     if source:
-        model, _ = load_weights(source)
+        model, _ = load_weights(source)  # raises BadInput for a broken file
     else:
         sizes = {size: getattr(args, size) for size in SIZES}
         model = DiffusionTransformer(DiffusionConfig(**sizes))
@@ -571,7 +582,8 @@ def start_run(args: argparse.Namespace, state: dict | None, device: torch.device
 
 
 def load_teachers(paths: list[str], config: DiffusionConfig, device) -> list[DiffusionTransformer]:
-    """Raises BadInput for a teacher that judges other sequences than the student's."""
+    """Loads the teachers. Raises BadInput for one whose sequence length, vocabulary, [MASK] or
+    number of noise levels differs from the student's."""
     teachers = [load_weights(path, device)[0] for path in paths]
     for path, teacher in zip(paths, teachers, strict=True):
         for size in ("sequence_len", "vocab_size", "mask_token_id", "diffusion_steps"):
@@ -581,7 +593,7 @@ def load_teachers(paths: list[str], config: DiffusionConfig, device) -> list[Dif
 
 
 def describe(args: argparse.Namespace, texts: Texts, device, world: int, command: str) -> dict:
-    """What the weights will tell about their run."""
+    """The metadata that a checkpoint stores about its run."""
     return {
         "texts": texts.sha256, "corpus_sha256": texts.sha256[0], "seed": args.seed,
         "teachers": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.teachers],
@@ -592,7 +604,7 @@ def describe(args: argparse.Namespace, texts: Texts, device, world: int, command
 
 
 def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
-    """The run. Returns 0 at its end, or the number of the signal that stopped it."""
+    """Trains until the end, and returns 0, or until a signal, and returns its number."""
     rank, world, device = start_processes(args)
     leader = rank == 0
     if world > 1 and "-" in args.data:
@@ -604,9 +616,9 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
     texts = read_texts(args.data, config)
     text = texts.learned.to(device)
     teachers = load_teachers(args.teachers, config, device)
-    about = describe(args, texts, device, world, command)
-    for name in ("texts", "teachers", "device") if state else ():
-        if state["meta"].get(name) != about[name]:
+    about = describe(args, texts, device, world, state["meta"]["command"] if state else command)
+    for name in "texts", "teachers", "device":
+        if state and state["meta"].get(name) != about[name]:
             raise BadInput(f"{state_beside(args.weights)}: its run has other {name} "
                            f"({state['meta'].get(name)}, not {about[name]})")
 
@@ -638,26 +650,26 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
             while True:
                 # Where the run is, by the clock or by the count; all processes agree on it
                 now = time.perf_counter()
-                run.seconds, clock = run.seconds + now - clock, now
+                run.seconds += now - clock
+                clock = now
                 progress = run.step / args.steps
                 if args.max_minutes:
                     progress = run.seconds / (60 * args.max_minutes)
                 progress, signum = agree(progress, received[0] if received else 0, device)
                 finished = progress >= 1
+                stopped = signum and not finished
 
-                # Evaluate and save; a run that is told to stop saves only, as it may not be given
-                # long
-                due = finished or signum or run.step % interval == 0
-                evaluated = run.log[-1]["step"] if run.log else 0
-                if leader and due and (run.step > evaluated or signum):
-                    if finished or not signum:
-                        evaluate(args, run, texts)
+                # Evaluate and save. A stopped run only saves: the system may kill it soon
+                due = finished or (run.step > 0 and run.step % interval == 0)
+                if leader and due and not stopped:
+                    evaluate(args, run, texts)
+                if leader and (due or stopped):
                     try_to(save_state, args, about, run)
-                if finished or signum:
+                if finished or stopped:
                     break
 
-                # The batch. Every process draws the whole and keeps its rows, so that the batch
-                # does not depend on their number
+                # The batch. Every process draws the whole batch and keeps its own rows. So the
+                # batch does not depend on the number of processes
                 teacher = teachers[run.step % len(teachers)] if teachers else None
                 batch = draw_batch(text, config, B, run.generator, progress, curriculum)
                 batch = [part[mine] for part in batch]

@@ -211,6 +211,8 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(whole_run, small_co
         time.sleep(moments.uniform(0.1, 1.0))
         victim.process.kill()
         victim.wait()
+        if (tmp_path / "w.pt").exists() and not state.exists():
+            break  # it had ended
         if state.exists() and state.stat().st_size:
             state_of(tmp_path / "w.pt")  # always whole
     if state.exists() or not (tmp_path / "w.pt").exists():

@@ -66,6 +66,7 @@ class Recipe:
     # The shape of a former sampler: share of the sequences that are clean up to a point, masked at
     # random in the next 32 characters, and wholly masked then; and from which progress on
     sampler_shape: tuple = (0.0, 0.0)
+    time_std: float = 0.0        # of the time embedding's start
     causal_start: float = 0.0    # share of the run that trains causal next-character prediction
     permuted: bool = False       # an epoch reads every window once, in random order
     teachers: tuple = ()         # seeds of models whose probabilities are learned too
@@ -103,6 +104,7 @@ ROWS = {
     "prefix: never": Recipe(prefix_share=0.0),
     "masks: complementary pairs": Recipe(complementary=True),
     "masks: half in the sampler's shape, last 30%": Recipe(sampler_shape=(0.5, 0.7)),
+    "start: random time embedding": replace(RECIPE, time_std=1.0),
     "start: causal for 15%": Recipe(causal_start=0.15),
     "start: causal for 30%": Recipe(causal_start=0.3),
     "long: learning rate 0.02, decay from the start": DECAYING,
@@ -206,6 +208,7 @@ def drop_out(p, module, inputs, out):
 def train(recipe, tokens, characters, seed, teachers):
     torch.manual_seed(seed)
     model = DiffusionTransformer(CONFIG)
+    torch.nn.init.normal_(model.time_emb.weight, std=recipe.time_std)
     for block in model.blocks:
         mlp_dropout = max(recipe.dropout, recipe.mlp_dropout)
         for part, p in ((block.attn.c_proj, recipe.dropout), (block.mlp.c_proj, mlp_dropout)):
