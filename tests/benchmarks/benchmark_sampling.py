@@ -15,7 +15,7 @@ many as it has, but at most 150. Columns:
     calls     network calls per 240 characters
     judge     nats per character under the judge, a GPT twin that reads windows of 256 characters;
               the first 64 of each are not scored
-    over      `judge` less that of the validation split: the distance over unseen plays
+    over      `judge` less that of the held-out slice: the distance over unseen plays
     ?!        question and exclamation marks per 1,000 characters
     speakers  per 1,000 characters: a blank line, a name, a colon
     valid     share of the words that occur in the train split
@@ -23,10 +23,10 @@ many as it has, but at most 150. Columns:
     copy      longest verbatim copy from the train split, in characters
     longest   the longest copy of all texts
 
-The first 40,000 characters of the train split are left out of it: the judge has not learned them,
-and settings are chosen by their row. The validation split chooses nothing. Near to real text is
-good in every column, and below it is not better: `judge`, `valid` and `distinct` reward easy text.
-Without --judge, its two columns are left out.
+The train split leaves out the held-out slice, its first 40,000 characters, which the judge has not
+learned. Settings are chosen by the slice's row; the validation split chooses nothing. Near to real
+text is good in every column, and below it is not better: `judge`, `valid` and `distinct` reward
+easy text. Without --judge, its two columns are left out.
 """
 
 import os
@@ -54,7 +54,7 @@ from model import (
     load_corpus, load_weights, pick_device, run, spaced_windows,
 )
 from sample import (
-    SamplerConfig, ancestral, best_k, dilated, fill, left_to_right, load_for_sampling, lowest,
+    QUALITIES, SamplerConfig, ancestral, best_k, fill, left_to_right, load_for_sampling, lowest,
     threshold, top_k,
 )
 from training import HELD_OUT
@@ -183,19 +183,13 @@ def random_order(proposal, k):
     return best_k(proposal.unmask_time.masked_fill(~proposal.masked, -1.0), k)
 
 
-DEFAULT = SamplerConfig()
 PLAIN = SamplerConfig(temperature=1.0, sweeps=0, block_len=128)  # what other rules are tried with
 SWEPT = replace(PLAIN, sweeps=2, sweep_min_p=1.0, stride=4)
-ROWS = {
-    "the default": DEFAULT,
-    "the default, T 1": replace(DEFAULT, temperature=1.0),
-    "the default, sweeps that take the likeliest": replace(DEFAULT, sweep_min_p=1.0),
-    "the default, 32 turns": replace(DEFAULT, rule=partial(dilated, turns=32)),
-    "the default, 22 turns, 4 sweeps, min-p 0.5": replace(
-        DEFAULT, rule=partial(dilated, turns=22), sweeps=4, sweep_min_p=0.5
+ROWS = {f"--quality {name}": config for name, config in QUALITIES.items()} | {
+    "left to right": replace(PLAIN, rule=left_to_right),
+    "gumbel-top-k 20, T 0.6: the first default": replace(
+        SWEPT, rule=gumbel_top_k, temperature=0.6
     ),
-    "left to right, T 0.8": replace(PLAIN, rule=left_to_right, temperature=0.8),
-    "gumbel-top-k 20, T 0.6: the old default": replace(SWEPT, rule=gumbel_top_k, temperature=0.6),
     "random order, 20 a call": replace(SWEPT, rule=partial(random_order, k=20)),
     "ancestral 128, whole window": replace(PLAIN, rule=ancestral, block_len=224),
     "top-k 8": replace(SWEPT, rule=partial(top_k, k=8)),
@@ -258,7 +252,7 @@ def show(name: str, row: dict[str, tuple[float, float]], path: Path | None) -> N
 
 def frontier(args, model, judge, twin, train, val):
     held, learned = train.tensor_split([HELD_OUT])
-    columns = Columns(decode_tokens(learned), judge, pieces(val))
+    columns = Columns(decode_tokens(learned), judge, pieces(held))
 
     def row(name, batches):
         if any(part in name for part in args.only):
@@ -274,33 +268,29 @@ def frontier(args, model, judge, twin, train, val):
 
 
 def plot(rows_file: Path, picture: Path) -> None:
+    """Calls against the distance from unseen plays, of every row that makes calls."""
     from matplotlib.figure import Figure
 
     with open(rows_file, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(8, 5), dpi=110, layout="tight")
+        rows = {row["row"]: [float(row[key]) for key in ("calls", "over", "over error")]
+                for row in csv.DictReader(file) if float(row["calls"])}
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="tight")
     axes = figure.subplots()
-    for i, row in enumerate(rows):
-        below = -9 if i % 2 else 3  # neighbours' names on either side
-        calls, divergence, error = (float(row[key]) for key in ("calls", "JSD-3", "JSD-3 error"))
-        if calls:
-            # Variants of the default, present and former, get no name
-            name = row["row"]
-            trial = ("default" in name or "dilated" in name) and not name.endswith("default")
-            colour, right = "#bbb" if trial else "#222", calls > 150
-            axes.errorbar(calls, divergence, error, fmt="o", ms=3, color=colour)
-            axes.annotate("" if trial else name, (calls, divergence), fontsize=7,
-                          xytext=(-5 if right else 5, below), textcoords="offset points",
-                          ha="right" if right else "left")
-        else:
-            axes.axhline(divergence, lw=0.8, color="#d98c00")
-            axes.annotate(row["row"], (90, divergence), fontsize=7, color="#d98c00",
-                          xytext=(0, below), textcoords="offset points")
-    axes.set(xscale="log", xlabel="network calls per 240 characters")
-    axes.set(yscale="log", ylabel="JSD-3, nats")
+    qualities = [rows[name] for name in sorted(rows, key=rows.get) if name.startswith("--quality")]
+    axes.plot(*list(zip(*qualities, strict=True))[:2], lw=1, color="#d98c00")
+    for name, (calls, over, error) in rows.items():
+        ours = name == "--quality default"
+        axes.errorbar(calls, over, error, fmt="*" if ours else "o", ms=14 if ours else 4,
+                      color="#d98c00" if name.startswith("--quality") else "#444")
+        axes.annotate(name.removeprefix("--quality "), (calls, over), fontsize=11 if ours else 8,
+                      xytext=(-8, 8) if calls > 150 else (8, 5), textcoords="offset points",
+                      ha="right" if calls > 150 else "left", weight="bold" if ours else None)
+    axes.axhline(0, lw=0.8, color="#888")
+    axes.annotate("unseen plays", (240, 0), fontsize=8, color="#888", ha="right", xytext=(0, 3),
+                  textcoords="offset points")
+    axes.set(xscale="log", xlabel="network calls per 240 characters",
+             ylabel="nats per character over unseen plays")
     axes.set_xticks([30, 60, 120, 240], ["30", "60", "120", "240"], minor=False)
-    ticks = ["0.05", "0.06", "0.08", "0.1", "0.15", "0.2"]
-    axes.set_yticks([float(tick) for tick in ticks], ticks)
     axes.minorticks_off()
     figure.savefig(picture)
 
@@ -328,11 +318,11 @@ def causal_loop(twin, context: str, seed: int) -> str:
     return decode_tokens(x[0, len(context):])
 
 
-def sampler(model, context: str, seed: int, num_samples: int) -> str:
-    """What sample.py does with its defaults, for eight blocks."""
+def sampler(model, context: str, seed: int, config: SamplerConfig, num_samples: int = 1) -> str:
+    """What sample.py does, for 1,200 characters."""
     x = encode_text(context, model.config).long().to(next(model.parameters()).device)
-    x = torch.cat((x, x.new_zeros(8 * DEFAULT.block_len))).repeat(num_samples, 1)
-    *_, (x, _) = fill(model, x, DEFAULT, torch.Generator().manual_seed(seed))
+    x = torch.cat((x, x.new_zeros(6 * config.block_len))).repeat(num_samples, 1)
+    *_, (x, _) = fill(model, x, config, torch.Generator().manual_seed(seed))
     return decode_tokens(x[:, len(context):].flatten())
 
 
@@ -342,8 +332,10 @@ def speed(args, model, twin, float32_model, val):
     ways = {"naive loop": lambda seed: naive_loop(float32_model, context)}
     if twin:
         ways["GPT twin, cached"] = partial(causal_loop, twin, context)
-    for num_samples, name in ((1, "sample.py"), (8, "sample.py, 8 samples")):
-        ways[name] = partial(sampler, model, context, num_samples=num_samples)
+    for name, config in QUALITIES.items():
+        ways[f"--quality {name}"] = partial(sampler, model, context, config=config)
+    ways["default, 8 samples"] = partial(sampler, model, context, config=SamplerConfig(),
+                                         num_samples=8)
     rates = {name: [] for name in ways}
     for seed in range(args.repeats):
         for name, way in ways.items():
