@@ -62,7 +62,7 @@ def lowest(level, masked):
     return masked & (level == level.amin(1, keepdim=True))
 
 
-def dilated(proposal: Proposal, turns: int = 11):
+def dilated(proposal: Proposal, turns: int = 20):
     """Every turns-th character, so that those unmasked together stand far apart and their
     independence costs little; the next turn takes those halfway between (arXiv 2506.19037). The
     order ignores confidence, or easy characters would come first. It begins at a random place."""
@@ -154,16 +154,23 @@ def denoise(model, x, rule: Rule, temperature, generator, min_p=0.0) -> Iterator
 
 @dataclass
 class SamplerConfig:
-    """How text is made. The defaults are the best found at this number of network calls
-    (tests/benchmarks/frontier.md)."""
+    """How text is made."""
 
     rule: Rule = dilated
-    temperature: float = 0.92
-    sweeps: int = 2                 # how often the correction redraws every new character
-    sweep_min_p: float = 0.4        # the correction's min_p; 1 takes the likeliest
+    temperature: float = 0.88
+    sweeps: int = 4                 # how often the correction redraws every new character
+    sweep_min_p: float = 0.2        # the correction's min_p; 1 takes the likeliest
     stride: int = 5                 # each correction call remasks every stride-th character
-    block_len: int = 160            # new characters at a time
+    block_len: int = 200            # new characters at a time
     lookback: int = 32              # characters that a block sees before it
+
+
+QUALITIES = {  # the best found at 31, 48 and 64 network calls per 240 characters (frontier.md)
+    "fast": SamplerConfig(partial(dilated, turns=16), temperature=0.83, sweeps=2),
+    "default": SamplerConfig(),
+    "best": SamplerConfig(partial(dilated, turns=28), sweeps=5),
+}
+SENTENCE_ENDS = torch.tensor(list(b".?!"))
 
 
 def draft_and_correct(model, x, region, config: SamplerConfig, generator):
@@ -174,13 +181,16 @@ def draft_and_correct(model, x, region, config: SamplerConfig, generator):
     stride-th character of the region is masked again and drawn anew given all the others, each in
     its turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that visits every
     character equally often. It mends the spelling, as it never draws what is far less likely than
-    the likeliest. If it always took the likeliest, question marks would become full stops."""
+    the likeliest. Only the first sweep redraws sentence ends: a full stop is nearly always
+    likelier than a question mark, so every sweep would leave fewer of those."""
     stride = min(config.stride, int(region.sum(1).max()))  # no call without a character to redraw
     turn = region.cumsum(1) % max(1, stride)
     for x in denoise(model, x, config.rule, config.temperature, generator):
         yield x
     for phase in range(config.sweeps * stride):
         remask = region & (turn == phase % stride)
+        if phase >= stride:
+            remask &= ~torch.isin(x, SENTENCE_ENDS.to(x.device))
         x_t = x.masked_fill(remask, model.config.mask_token_id)
         for x in denoise(model, x_t, everything, config.temperature, generator, config.sweep_min_p):
             yield x
@@ -231,23 +241,25 @@ def add_model_arguments(parser: CommandLine) -> None:
 def add_sampler_arguments(parser: CommandLine) -> None:
     add = parser.add_argument_group("sampling").add_argument
     default = SamplerConfig()
+    add("--quality", choices=QUALITIES, help="dilated: network calls to spend on 240 characters, "
+        "about 32, 48 or 64; the flags below override it (default: default)")
     add("--method", choices=METHODS, default="dilated",
         help="which characters a network call unmasks: those far apart, the k most confident, the "
         "k leftmost, those above a confidence, or those of the reverse process")
-    add("--turns", type=number(int, 1, 10_000),
-        help="dilated: calls in which a draft is complete (default: 11)")
+    add("--turns", type=number(int, 1, 10_000), help="dilated: calls in which a draft is complete "
+        "(default: 16, 20 or 28, by --quality)")
     add("--k", type=COUNT, help="top-k and left-to-right: characters per call (default: 20 and 1)")
     add("--tau", type=number(float, 0, 1), help="threshold: least confidence (default: 0.9)")
     add("--steps", type=COUNT, help="ancestral: levels of the reverse process (default: 128)")
-    add("--temperature", type=TEMPERATURE, default=default.temperature,
-        help="of every draw; 0 always takes the likeliest character")
+    add("--temperature", type=TEMPERATURE, help="of every draw; 0 always takes the likeliest "
+        f"character (default: {default.temperature}, or 0.83 if --quality fast)")
     add("--sweeps", type=number(int, 0), help="how often the correction redraws every new "
-        f"character (default: {default.sweeps}; left-to-right: 0)")
+        "character (default: 2, 4 or 5, by --quality; left-to-right: 0)")
     add("--sweep-min-p", type=number(float, 0, 1), default=default.sweep_min_p, help="the sweeps "
         "draw no character less likely than this share of the likeliest; 1 takes the likeliest")
     add("--stride", type=COUNT, default=default.stride,
         help="each correction call remasks every stride-th character")
-    add("--block-len", type=COUNT, help="characters per block (default: 160, or three quarters "
+    add("--block-len", type=COUNT, help="characters per block (default: 200, or seven eighths "
         "of the model's sequence length if that is less)")
     add("--lookback", type=number(int, 0),
         help="characters before a block that it is conditioned on (default: 32, or what fits)")
@@ -260,18 +272,23 @@ def sampler_config(args: argparse.Namespace, T: int) -> SamplerConfig:
     for other in ("turns", "k", "tau", "steps"):
         if other != flag and getattr(args, other) is not None:
             raise BadInput(f"--{other} belongs to another --method; {args.method} has --{flag}")
+    if args.quality and args.method != "dilated":
+        raise BadInput(f"--quality belongs to --method dilated; {args.method} has --{flag}")
+    quality = QUALITIES[args.quality or "default"]
+    rule = quality.rule if args.method == "dilated" else rule
     if getattr(args, flag) is not None:
         rule = partial(rule, **{flag: getattr(args, flag)})
     sweeps, block_len, lookback = args.sweeps, args.block_len, args.lookback
     if sweeps is None:
-        sweeps = 0 if args.method == "left-to-right" else SamplerConfig.sweeps
-    block_len = block_len or min(SamplerConfig.block_len, max(1, 3 * T // 4))
+        sweeps = 0 if args.method == "left-to-right" else quality.sweeps
+    block_len = block_len or min(SamplerConfig.block_len, max(1, 7 * T // 8))
     if lookback is None:
         lookback = max(0, min(SamplerConfig.lookback, T - block_len))
     if block_len + lookback > T:
         both = f" and --lookback {lookback} together" if lookback else ""
         raise BadInput(f"--block-len {block_len}{both} exceed the model's sequence length, {T}")
-    return SamplerConfig(rule, args.temperature, sweeps, args.sweep_min_p, args.stride,
+    temperature = quality.temperature if args.temperature is None else args.temperature
+    return SamplerConfig(rule, temperature, sweeps, args.sweep_min_p, args.stride,
                          block_len, lookback)
 
 
@@ -351,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{n_written} characters in {seconds:.1f} s, {n_written / seconds:.0f} a second")
     if sys.stderr.isatty():
         say(f'{sample_command(args.weights)} --prompt "ROMEO:" continues a text, '
-            '--infill "To be, or ___" fills gaps')
+            '--infill "To be, or ___" fills gaps, --quality best takes its time')
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ likelihoods and the GPT twin."""
 import itertools
 import math
 from argparse import Namespace
-from collections import Counter
 from dataclasses import replace
 
 import ablation_training as ablation
@@ -12,7 +11,6 @@ import benchmark_likelihood as likelihood
 import benchmark_sampling as judging
 import benchmark_training as timing
 import causal_twin
-import numpy as np
 import pytest
 import torch
 from causal_twin import continue_causally, make_causal, next_log_p, nll_of
@@ -31,31 +29,21 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def plain_witten_bell(text, history, character):
-    """P(character | history) as the formula reads, from counts of substrings."""
-    if history is None:
-        return 1 / 127
-    n = len(history)
-    after = Counter(text[i + n] for i in range(len(text) - n) if text.startswith(history, i))
-    shorter = plain_witten_bell(text, history[1:] if history else None, character)
-    if not after:
-        return shorter
-    return (after[character] + len(after) * shorter) / (sum(after.values()) + len(after))
-
-
-def test_the_n_gram_judge_is_interpolated_witten_bell():
-    judge = judging.NGramJudge(np.frombuffer(TEXT.encode(), np.uint8), order=4)
-    for text in ("to be seen", "xyz the qu"):
-        p = [plain_witten_bell(TEXT, text[i - 3 : i], text[i]) for i in range(3, len(text))]
-        ids = np.frombuffer(text.encode(), np.uint8)
-        np.testing.assert_allclose(judge.nats(ids, skip=3), -np.log(p))
-
-
-def test_the_probabilities_of_the_n_gram_judge_add_up_to_one():
-    judge = judging.NGramJudge(np.frombuffer(TEXT.encode(), np.uint8))
-    texts = [np.frombuffer(b" the qu" + bytes([c]), np.uint8) for c in range(1, 128)]
-    total = sum(math.exp(-judge.nats(text, skip=7)[0]) for text in texts)
-    assert total == pytest.approx(1)
+@torch.no_grad()
+@pytest.mark.parametrize("length", [9, 32, 33, 80, 95])
+def test_the_judge_scores_each_character_but_the_first_ones_in_one_of_its_windows(
+    length, monkeypatch
+):
+    monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
+    judge, context = make_causal(random_model()), 8
+    T, x_0 = judge.config.sequence_len, torch.randint(1, 128, (3, length))
+    expected = []
+    for start in range(0, length - context, T - context):
+        window = x_0[:, start : start + T]
+        expected.append(nll_of(next_log_p(judge, window), window)[:, context:])
+    nats = judging.judged_nats(judge, x_0, context)
+    torch.testing.assert_close(nats, torch.cat(expected, 1).mean(1))
+    assert sum(part.size(1) for part in expected) == length - context
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -65,27 +53,25 @@ def test_longest_copy_finds_the_longest_stretch_that_stands_in_the_source(text, 
     assert judging.longest_copy(text, TEXT) == expected
 
 
-def test_jensen_shannon_follows_its_definition():
-    a, b = np.array([1, 1, 2, 3]), np.array([2, 2, 3, 9])
-    p, q = np.array([2, 1, 1, 0]) / 4, np.array([0, 2, 1, 1]) / 4
-    m = (p + q) / 2
-    pairs = [(x, y) for d in (p, q) for x, y in zip(d, m, strict=True) if x]
-    expected = sum(0.5 * x * math.log(x / y) for x, y in pairs)
-    assert judging.jensen_shannon(a, b) == pytest.approx(expected)
-    assert judging.jensen_shannon(a, a) == 0
-    assert judging.jensen_shannon(np.zeros(4, int), b) == pytest.approx(math.log(2))
+def test_the_columns_of_a_text_match_a_count_by_hand():
+    text = "to be?\n\nROMEO:\nno be!\n"
+    columns = judging.Columns("to be or not to be " * 50, None, []).of(text)
+    # "to", which touches the edge, is left out; romeo and no are unknown; "o be" stands there twice
+    assert columns == {
+        "?!": 2000 / 22, "speakers": 1000 / 22, "valid": 2 / 4, "distinct": 18 / 19, "copy": 5}
 
 
-def test_the_columns_of_the_judge_match_a_count_by_hand():
-    judge = judging.Judge("to be or not to be " * 50)
-    texts = ["to be?\n\nROMEO:\nnot xx be!\n", "to be?\n\nNo name\nor not:\nt"]
-    columns, n = judge.columns(texts), sum(map(len, texts))
-    assert columns["speakers"] == pytest.approx(1000 / n)
-    assert columns["?!"] == pytest.approx(3 * 1000 / n)
-    assert columns["line"] == pytest.approx((6 + 6 + 10 + 6 + 7 + 7 + 1) / 7)
-    # "to", which touches the edge, is left out; romeo, xx, no and name are unknown
-    assert columns["valid"] == pytest.approx(6 / 10)
-    assert columns["copy"] == len("or not")
+def test_a_row_is_the_mean_over_texts_with_its_standard_error():
+    judge = make_causal(random_model(replace(TINY, sequence_len=96)))
+    texts = [TEXT, TEXT[::-1]]
+    unseen = [TEXT[1:] + "x"]
+    columns = judging.Columns(TEXT, judge, unseen)
+    nats = columns.nats(texts)
+    row = columns.row(texts, [30, 40])
+    assert row["calls"] == pytest.approx((35, 5))
+    assert row["judge"] == pytest.approx((sum(nats) / 2, abs(nats[0] - nats[1]) / 2))
+    assert row["over"] == pytest.approx((sum(nats) / 2 - columns.nats(unseen)[0], row["judge"][1]))
+    assert row["longest"] == (len(TEXT), 0)
 
 
 def test_words_cut_by_the_edges_of_a_text_are_not_judged():

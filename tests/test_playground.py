@@ -55,12 +55,12 @@ def test_the_recorder_keeps_every_state_and_does_not_change_the_text(config):
 def test_steps_name_their_phase_and_guess_what_is_likeliest_at_the_masked_places():
     model, calls = random_model(), []
     with model.register_forward_hook(lambda model, inputs, log_p: calls.append((*inputs, log_p))):
-        recorder, _ = recorded(model, BLANK, rule=partial(dilated, turns=8))
+        recorder, _ = recorded(model, BLANK, rule=partial(dilated, turns=8), sweeps=1)
     phases = [step["phase"] for step in recorder.steps]
-    assert phases == ["given", *["draft"] * 8, *["mask", "correct"] * 8]
-    assert [len(step.get("nats", [])) for step in recorder.steps] == [0, *[4] * 8, *[0, 8] * 8]
+    assert phases == ["given", *["draft"] * 8, *["mask", "correct"] * 4]
+    assert [len(step.get("nats", [])) for step in recorder.steps] == [0, *[4] * 8, *[0, 8] * 4]
     looks = [step for step in recorder.steps if "p" in step]
-    assert len(looks) == len(calls) == 8 + 2 * 4
+    assert len(looks) == len(calls) == 8 + 4
     for step, (x_t, _, log_p) in zip(looks, calls, strict=True):
         p = log_p[x_t == 0].exp()
         best = torch.tensor(list(step["guess"].encode("latin-1"))).view(-1, 5)
@@ -124,7 +124,7 @@ def test_text_contrasts_with_its_background_in_both_themes(theme, ink, paper):
 
 
 @pytest.mark.parametrize("name, arguments, lengths", [
-    ("diffusion-process", [], [2 + 24]), ("diffusion-process", ["--num-blocks", 2], [2 + 2 * 24]),
+    ("diffusion-process", [], [2 + 28]), ("diffusion-process", ["--num-blocks", 2], [2 + 2 * 28]),
     ("race", [], [32, 32]), ("race", ["--prompt", "x" * 32], [32, 32]),
     ("game-of-life", ["--generations", 2], [20 * 64]),
     ("game-of-life", ["--density", 0, "--generations", 1], [20 * 64]),
@@ -402,7 +402,7 @@ def until(condition):
 @pytest.fixture(scope="module")
 def recording(tiny_weights, tmp_path_factory):
     """The address of a recorded page, and its steps."""
-    recorder, _ = recorded(random_model(), BLANK, rule=partial(dilated, turns=8))
+    recorder, _ = recorded(random_model(), BLANK, rule=partial(dilated, turns=8), sweeps=1)
     path = tmp_path_factory.mktemp("page") / "x.html"
     look = {"mask": 0, "candidates": 5, "title": "</script> & <b>title</b>"}
     path.write_text(drawing.page(tiny_weights, [recorder], **look), "utf-8")
@@ -421,7 +421,7 @@ def test_a_recorded_page_opens_at_a_step_and_a_character(page, recording):
     page.open(address, step=3, at=gaps[7])
     names = [span.get_attribute("class") for span in page.all(".text > span")]
     assert [place for place, name in enumerate(names) if "masked" in name] == gaps
-    assert page.find("#label").text.startswith("call 3 of 16 · writes · 20 masked")
+    assert page.find("#label").text.startswith("call 3 of 12 · writes · 20 masked")
     assert page.chromium.title == "</script> & <b>title</b>"
     likely = [(visible(guess), f"{p}%") for guess, p in
               zip(steps[3]["guess"][35:40], steps[3]["p"][35:40], strict=True) if p]
@@ -431,7 +431,7 @@ def test_a_recorded_page_opens_at_a_step_and_a_character(page, recording):
 
 def test_the_order_view_marks_filled_and_corrected_characters(page, recording):
     address, steps = recording
-    page.open(address, step=24, view="order")
+    page.open(address, step=16, view="order")
     texts = list(drawing.replay(steps))
     names = [span.get_attribute("class") for span in page.all(".text > span")]
     assert all("came" in name for name in names) and len(names) == 32

@@ -259,13 +259,20 @@ def test_leftmost_confines_each_network_call_to_the_leftmost_masked_characters()
 # ---- whole texts
 
 
-def test_a_sweep_of_the_corrector_remasks_each_new_character_once_and_no_other():
-    model, x = random_model(), partly_masked(3, 32, 0.5, seed=4)
+def test_every_sweep_remasks_each_new_character_once_and_only_the_first_one_sentence_ends(
+    monkeypatch
+):
+    monkeypatch.setattr(sample, "SENTENCE_ENDS", torch.arange(64, 128))
+    model, x = random_model(), partly_masked(3, 32, 0.9, seed=4)
     open_to_change, remasked = x == 0, []
-    config = SamplerConfig(sweeps=3, stride=4)
     model.register_forward_hook(lambda module, inputs, log_p: remasked.append(inputs[0] == 0))
-    *_, result = draft_and_correct(model, x, open_to_change, config, seeded())
-    assert (sum(r.int() for r in remasked[-12:]) == 3 * open_to_change).all()
+    config = SamplerConfig(sweeps=3, stride=4)
+    states = list(draft_and_correct(model, x, open_to_change, config, seeded()))
+    before, turn = states[-13:-1], open_to_change.cumsum(1) % 4     # of the 12 correction calls
+    for phase, (state, masked) in enumerate(zip(before, remasked[-12:], strict=True)):
+        wanted = open_to_change & (turn == phase % 4) & ((phase < 4) | (state < 64))
+        assert torch.equal(masked, wanted)
+    result = states[-1]
     assert (result != 0).all() and torch.equal(result[~open_to_change], x[~open_to_change])
 
 
@@ -360,7 +367,7 @@ def test_every_block_length_and_lookback_writes_text_or_is_refused(
     flags = [f"--block-len={block_len}"] * bool(block_len) + [f"--sweeps={sweeps}"]
     flags += [f"--lookback={lookback}"] * (lookback is not None)
     args = sample.parse_arguments(flags)
-    if (block_len or max(1, 3 * sequence_len // 4)) + (lookback or 0) > sequence_len:
+    if (block_len or max(1, 7 * sequence_len // 8)) + (lookback or 0) > sequence_len:
         with pytest.raises(sample.BadInput, match=f"sequence length, {sequence_len}"):
             sample.sampler_config(args, sequence_len)
     else:
@@ -407,7 +414,7 @@ def test_without_a_prompt_sample_continues_two_line_ends_that_it_does_not_print(
     """In the corpus, a speaker follows two line ends."""
     alone = command(sample.main, "--weights", tiny_weights, "--num-blocks", 2).stdout
     given = command(sample.main, "--weights", tiny_weights, "--num-blocks", 2, "--prompt", "\n\n")
-    assert given.stdout == "\n\n" + alone and len(alone) == 2 * 24 + 1
+    assert given.stdout == "\n\n" + alone and len(alone) == 2 * 28 + 1
 
 
 def test_sample_separates_several_samples_and_fills_gaps(tiny_weights, command, stdin):
@@ -441,7 +448,7 @@ def test_weights_of_sequence_length_1_write_and_fill(tmp_path, command):
 def test_a_prompt_longer_than_a_window_is_continued(command):
     prompt = "ROMEO:\n" + 12 * "What light through yonder window breaks?\n"
     process = command(sample.main, "--num-blocks", 1, "--prompt", prompt)
-    assert process.stdout.startswith(prompt) and len(process.stdout) == len(prompt) + 160 + 1
+    assert process.stdout.startswith(prompt) and len(process.stdout) == len(prompt) + 200 + 1
 
 
 @pytest.mark.parametrize("arguments", [
@@ -480,6 +487,8 @@ def test_sample_ends_quietly_when_its_pipe_is_closed(tiny_weights):
     (["--method", "magic"], ["magic", "ancestral"]),
     (["--method", "threshold", "--k", "3"], ["--k", "threshold", "--tau"]),
     (["--k", "3"], ["--k", "dilated", "--turns"]),
+    (["--quality", "middling"], ["middling", "fast"]),
+    (["--quality", "best", "--method", "top-k"], ["--quality", "dilated", "--k"]),
     (["--device", "toaster"], ["toaster"]),
     (["--prompt", "na\u00efve"], ["\u00ef", "position 2"]),
     (["--infill", "caf\udce9 _"], ["position 3"]),
@@ -505,7 +514,7 @@ def test_without_a_prompt_a_block_may_be_as_long_as_the_sequence_length(tiny_wei
 def test_the_temperature_may_be_tiny(tiny_weights, command):
     process = command(sample.main, "--weights", tiny_weights, "--num-blocks", 1,
                       "--temperature", "1e-39")
-    assert process.returncode == 0 and len(process.stdout) == 24 + 1, process.stderr
+    assert process.returncode == 0 and len(process.stdout) == 28 + 1, process.stderr
 
 
 @pytest.fixture
@@ -540,4 +549,4 @@ def test_sample_writes_its_text_when_stderr_cannot_be_written(tiny_weights, comm
 
     monkeypatch.setattr(sys, "stderr", Gone())
     process = command(sample.main, "--weights", tiny_weights, "--num-blocks", 1)
-    assert process.returncode == 0 and len(process.stdout) == 25
+    assert process.returncode == 0 and len(process.stdout) == 29

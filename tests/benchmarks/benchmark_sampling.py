@@ -1,28 +1,32 @@
-"""How good and how fast is the sampler? A judge that sees the play, and the speed of sample.py.
+"""How good and how fast is the sampler? The text, judged by a GPT that wrote none of it; the speed.
 
-    uv run tests/benchmarks/benchmark_sampling.py             # every rule, minutes to an hour a row
-    uv run tests/benchmarks/benchmark_sampling.py --only "32 turns" --csv rows.csv
+    uv run tests/experiments/causal_twin.py --steps 330 --weight-decay 0.3 --eval-interval 110 \
+        --seed 12 --weights weights/judge.pt
+    uv run tests/benchmarks/benchmark_sampling.py             # every row, minutes to an hour each
+    uv run tests/benchmarks/benchmark_sampling.py --only "quality" --csv rows.csv
     uv run tests/benchmarks/benchmark_sampling.py --speed      # beside a naive loop and the twin
     uv run tests/benchmarks/benchmark_sampling.py --csv tests/benchmarks/frontier.csv \
         --plot tests/benchmarks/frontier.png --only no
 
-A row is the mean, and its standard error, over seeds of 26 texts of 800 characters, which begin
-behind two line ends that nobody sees. Columns:
+A row is the mean, and its standard error, over the texts of all seeds: 26 a seed, each of 800
+characters behind two line ends that nobody sees. Real text comes in pieces of 800 characters, as
+many as it has, but at most 150. Columns:
 
-    calls     network calls per 240 characters, the mean over texts
-    speakers  per 1,000 characters: a blank line, a name, a colon
+    calls     network calls per 240 characters
+    judge     nats per character under the judge, a GPT twin that reads windows of 256 characters;
+              the first 64 of each are not scored
+    over      `judge` less that of the held-out slice: the distance over unseen plays
     ?!        question and exclamation marks per 1,000 characters
-    line      mean length of the lines that are not empty
-    JSD-3     Jensen-Shannon divergence, in nats, of the 3-grams of a seed's 20,800 characters from
-              those of the counted text; it depends on the number of characters
-    valid     share of the words that occur in the counted text
-    n-gram    nats per character under an interpolated Witten-Bell 7-gram model of the counted text
+    speakers  per 1,000 characters: a blank line, a name, a colon
+    valid     share of the words that occur in the train split
     distinct  distinct 4-grams over all 4-grams of a text
-    copy      longest verbatim copy from the counted text, in characters
+    copy      longest verbatim copy from the train split, in characters
+    longest   the longest copy of all texts
 
-The counted text is the train split without its last 40,000 characters. Those are the reference by
-which settings are chosen; the validation split is shown and not tuned on. n-gram and distinct are
-better the nearer they are to real text: low values reward text that is easy.
+The train split leaves out the held-out slice, its first 40,000 characters, which the judge has not
+learned. Settings are chosen by the slice's row; the validation split chooses nothing. Near to real
+text is good in every column, and below it is not better: `judge`, `valid` and `distinct` reward
+easy text. Without --judge, its two columns are left out.
 """
 
 import os
@@ -36,75 +40,39 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "experiments")]  # model.py, causal_twin.py
+sys.path[:0] = map(str, (Path(__file__).parents[2], Path(__file__).parents[1] / "experiments"))
 import numpy as np
 import torch
-from causal_twin import TWIN_WEIGHTS, continue_causally
+import torch.nn.functional as F
+from causal_twin import TWIN_WEIGHTS, continue_causally, make_causal, next_log_p, nll_of
 
 from model import (
-    COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, CommandLine, decode_tokens, encode_text,
+    COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, ROOT, SEED, CommandLine, decode_tokens, encode_text,
     load_corpus, load_weights, pick_device, spaced_windows, start,
 )
 from sample import (
-    SamplerConfig, ancestral, best_k, dilated, fill, left_to_right, load_for_sampling, lowest,
+    QUALITIES, SamplerConfig, ancestral, best_k, fill, left_to_right, load_for_sampling, lowest,
     threshold, top_k,
 )
+from training import HELD_OUT
 
-TEXTS, LENGTH, UNSEEN = 26, 800, "\n\n"
-REFERENCE = 40_000  # characters at the end of the train split, not counted
+TEXTS, LENGTH, PIECES, UNSEEN = 26, 800, 150, "\n\n"
+JUDGE_WEIGHTS = ROOT / "weights" / "judge.pt"
 TWIN = "GPT twin"  # rows' name
 
 
-class NGramJudge:
-    """Interpolated Witten-Bell n-gram model,
-        P(w | h) = (c(hw) + d(h) P(w | shorter h)) / (c(h) + d(h)),
-    where d(h) counts the distinct characters seen after h, and P without history is 1 / 127."""
-
-    def __init__(self, ids: np.ndarray, order: int = 7):
-        self.tables = []
-        for n in range(1, order + 1):
-            grams, counts = np.unique(codes(ids, n), return_counts=True)
-            histories, start = np.unique(grams >> 7, return_index=True)
-            totals, kinds = np.add.reduceat(counts, start), np.diff([*start, len(grams)])
-            self.tables.append((grams, counts, histories, totals, kinds))
-
-    def nats(self, ids: np.ndarray, skip: int) -> np.ndarray:
-        """-log P of every character after the first `skip`, which are history only."""
-        p = np.full(len(ids) - skip, 1 / 127)
-        for n, (grams, counts, histories, totals, kinds) in enumerate(self.tables, start=1):
-            keys = codes(ids, n)[skip - n + 1 :]
-            c_hw = look_up(grams, counts, keys)
-            c_h, d_h = (look_up(histories, values, keys >> 7) for values in (totals, kinds))
-            p = np.where(c_h > 0, (c_hw + d_h * p) / np.maximum(c_h + d_h, 1), p)
-        return -np.log(p)
-
-
-def codes(ids: np.ndarray, n: int) -> np.ndarray:
-    """Every n characters in a row as one integer, 7 bits each."""
-    windows = np.lib.stride_tricks.sliding_window_view(ids.astype(np.int64), n)
-    return (windows << 7 * np.arange(n)[::-1]).sum(1)
-
-
-def look_up(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The value of each key in the sorted table, 0 for one that is not there."""
-    at = np.searchsorted(table, keys).clip(max=len(table) - 1)
-    return np.where(table[at] == keys, values[at], 0)
-
-
-def jensen_shannon(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the distributions of the values in a and in b, in nats."""
-    kinds, place = np.unique(np.concatenate((a, b)), return_inverse=True)
-    parts = np.split(place, [len(a)])
-    p, q = (np.bincount(part, minlength=len(kinds)) / len(part) for part in parts)
-    m = (p + q) / 2
-
-    def kl(x):
-        return (x[x > 0] * np.log(x[x > 0] / m[x > 0])).sum()
-
-    return (kl(p) + kl(q)) / 2
+@torch.no_grad()
+def judged_nats(judge, x_0, context: int = 64):
+    """Nats per character of the texts x_0 (B, N) under a GPT twin, (B,). Its windows overlap by
+    `context` characters, which it only reads: each character but the first of these counts once."""
+    T, scored = judge.config.sequence_len, x_0.size(1) - context
+    full = F.pad(x_0, (0, -scored % (T - context)))                 # for the last window
+    windows = full.unfold(1, T, T - context).flatten(0, 1)          # (B * windows of a text, T)
+    nll = torch.cat([nll_of(next_log_p(judge, x), x) for x in windows.split(64)])
+    return nll[:, context:].reshape(len(x_0), -1)[:, :scored].mean(1)
 
 
 def longest_copy(text: str, source: str) -> int:
@@ -124,33 +92,39 @@ def words(text: str) -> list[str]:
     return [m[0].lower() for m in matches if m.start() > 0 and m.end() < len(text)]
 
 
-class Judge:
-    """The columns of a set of texts, from what it has counted."""
+class Columns:
+    """Judges texts: what it has counted, and the GPT twin that reads them, or None."""
 
-    def __init__(self, counted: str):
-        self.source, self.vocabulary = counted, set(words(counted))
-        ids = np.frombuffer(counted.encode(), np.uint8)
-        self.ngram, self.trigrams = NGramJudge(ids), codes(ids, 3)
+    def __init__(self, learned: str, judge, unseen: list[str]):
+        self.learned, self.vocabulary, self.judge = learned, set(words(learned)), judge
+        self.level = np.mean(self.nats(unseen)) if judge else 0
 
-    def columns(self, texts: list[str]) -> dict[str, float]:
-        whole = [np.frombuffer((UNSEEN + text).encode(), np.uint8) for text in texts]
-        lines = [line for text in texts for line in text.split("\n") if line]
-        known = [word in self.vocabulary for text in texts for word in words(text)]
-        per_thousand = 1000 / sum(map(len, texts))
+    def nats(self, texts: list[str]) -> list[float]:
+        x_0 = [encode_text(UNSEEN + text, self.judge.config).long() for text in texts]
+        x_0 = torch.stack(x_0).to(next(self.judge.parameters()).device)
+        return judged_nats(self.judge, x_0).tolist()
+
+    def of(self, text: str) -> dict[str, float]:
+        grams = [text[i : i + 4] for i in range(len(text) - 3)]
         return {
-            "speakers": per_thousand * sum(len(re.findall(r"\n\n[A-Z][A-Za-z ']+:\n", text))
-                                           for text in texts),
-            "?!": per_thousand * sum(text.count("?") + text.count("!") for text in texts),
-            "line": np.mean([len(line) for line in lines]),
-            "JSD-3": jensen_shannon(np.concatenate([codes(ids[2:], 3) for ids in whole]),
-                                    self.trigrams),
-            "valid": np.mean(known),
-            "n-gram": np.mean([self.ngram.nats(ids, 8).mean() for ids in whole]),
-            "distinct": np.mean([len(set(grams)) / len(grams) for grams in
-                                 ([text[i : i + 4] for i in range(len(text) - 3)]
-                                  for text in texts)]),
-            "copy": max(longest_copy(text, self.source) for text in texts),
+            "?!": 1000 * len(re.findall("[?!]", text)) / len(text),
+            "speakers": 1000 * len(re.findall(r"\n\n[A-Z][A-Za-z ']+:\n", text)) / len(text),
+            "valid": np.mean([word in self.vocabulary for word in words(text)]),
+            "distinct": len(set(grams)) / len(grams),
+            "copy": longest_copy(text, self.learned),
         }
+
+    def row(self, texts: list[str], calls: list[float]) -> dict[str, tuple[float, float]]:
+        """Mean and standard error of every column."""
+        columns = {"calls": calls}
+        if self.judge:
+            columns["judge"] = self.nats(texts)
+            columns["over"] = [nats - self.level for nats in columns["judge"]]
+        rest = [self.of(text) for text in texts]
+        columns |= {name: [row[name] for row in rest] for name in rest[0]}
+        row = {name: (np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values)))
+               for name, values in columns.items()}
+        return row | {"longest": (max(columns["copy"]), 0)}
 
 
 # Rules that were tried and lost to those of sample.py
@@ -209,19 +183,13 @@ def random_order(proposal, k):
     return best_k(proposal.unmask_time.masked_fill(~proposal.masked, -1.0), k)
 
 
-DEFAULT = SamplerConfig()
 PLAIN = SamplerConfig(temperature=1.0, sweeps=0, block_len=128)  # what other rules are tried with
 SWEPT = replace(PLAIN, sweeps=2, sweep_min_p=1.0, stride=4)
-ROWS = {
-    "the default": DEFAULT,
-    "the default, T 1": replace(DEFAULT, temperature=1.0),
-    "the default, sweeps that take the likeliest": replace(DEFAULT, sweep_min_p=1.0),
-    "the default, 32 turns": replace(DEFAULT, rule=partial(dilated, turns=32)),
-    "the default, 22 turns, 4 sweeps, min-p 0.5": replace(
-        DEFAULT, rule=partial(dilated, turns=22), sweeps=4, sweep_min_p=0.5
+ROWS = {f"--quality {name}": config for name, config in QUALITIES.items()} | {
+    "left to right": replace(PLAIN, rule=left_to_right),
+    "gumbel-top-k 20, T 0.6: the first default": replace(
+        SWEPT, rule=gumbel_top_k, temperature=0.6
     ),
-    "left to right, T 0.8": replace(PLAIN, rule=left_to_right, temperature=0.8),
-    "gumbel-top-k 20, T 0.6: the old default": replace(SWEPT, rule=gumbel_top_k, temperature=0.6),
     "random order, 20 a call": replace(SWEPT, rule=partial(random_order, k=20)),
     "ancestral 128, whole window": replace(PLAIN, rule=ancestral, block_len=224),
     "top-k 8": replace(SWEPT, rule=partial(top_k, k=8)),
@@ -234,22 +202,23 @@ ROWS = {
 
 
 @torch.inference_mode()
-def write(model, config: SamplerConfig, seed: int, length: int = LENGTH) -> tuple[list[str], float]:
-    """The texts of a seed, and the network calls per 240 characters. A call counts for the texts
-    that have masked characters: the batch waits for the text that needs most calls."""
+def write(model, config: SamplerConfig, seed: int, length: int = LENGTH):
+    """The texts of a seed, and the network calls of each per 240 characters. A call counts for the
+    texts that have masked characters: the batch waits for the text that needs most calls."""
     calls, mask_token_id = [], model.config.mask_token_id
     hook = model.register_forward_pre_hook(
-        lambda _, inputs: calls.append((inputs[0] == mask_token_id).any(1).float().mean().item())
+        lambda _, inputs: calls.append((inputs[0] == mask_token_id).any(1))
     )
     unseen = encode_text(UNSEEN, model.config).long()
     x = torch.cat((unseen, unseen.new_full((length,), mask_token_id)))
     x = x.to(next(model.parameters()).device).repeat(TEXTS, 1)
     *_, (x, _) = fill(model, x, config, torch.Generator().manual_seed(seed))
     hook.remove()
-    return [decode_tokens(row) for row in x[:, len(unseen):]], 240 * sum(calls) / length
+    calls = torch.stack(calls).sum(0) * 240 / length                # (B,)
+    return [decode_tokens(row) for row in x[:, len(unseen):]], calls.tolist()
 
 
-def write_causally(twin, temperature: float, seed: int) -> tuple[list[str], float]:
+def write_causally(twin, temperature: float, seed: int):
     """The same by the GPT twin, half a window at a time."""
     half = twin.config.sequence_len // 2
     x = encode_text(UNSEEN, twin.config).long().to(next(twin.parameters()).device).repeat(TEXTS, 1)
@@ -258,21 +227,19 @@ def write_causally(twin, temperature: float, seed: int) -> tuple[list[str], floa
         seen = x[:, -half:]
         window = continue_causally([twin], seen, half, temperature, generator)
         x = torch.cat((x, window[:, seen.size(1):]), 1)
-    return [decode_tokens(row[len(UNSEEN):][:LENGTH]) for row in x], 240
+    return [decode_tokens(row[len(UNSEEN):][:LENGTH]) for row in x], [240.0] * TEXTS
 
 
-def summary(figures: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard error over seeds, for every column."""
-    values = {name: np.array([row[name] for row in figures]) for name in figures[0]}
-    root = math.sqrt(max(1, len(figures)))
-    return {name: (v.mean(), v.std(ddof=1) / root if len(v) > 1 else 0.0)
-            for name, v in values.items()}
+def pieces(ids) -> list[str]:
+    """Evenly spaced pieces of a text, which do not overlap."""
+    windows = spaced_windows(ids, LENGTH, min(PIECES, len(ids) // LENGTH))
+    return [decode_tokens(window) for window in windows]
 
 
 def show(name: str, row: dict[str, tuple[float, float]], path: Path | None) -> None:
-    digits = {"JSD-3": 4, "valid": 3, "n-gram": 2, "distinct": 3, "copy": 0, "calls": 0}
-    cells = (f"{mean:.{digits.get(column, 1)}f} ± {error:.{digits.get(column, 1)}f}"
-             for column, (mean, error) in row.items())
+    digits = {"calls": 0, "judge": 3, "over": 3, "valid": 3, "distinct": 3, "longest": 0}
+    cells = (" ± ".join(f"{x:.{digits.get(column, 1)}f}" for x in pair if x)
+             for column, pair in row.items())
     print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     if path:
         fresh = not path.exists()
@@ -283,63 +250,47 @@ def show(name: str, row: dict[str, tuple[float, float]], path: Path | None) -> N
             writer.writerow([name, *(f"{x:.5g}" for pair in row.values() for x in pair)])
 
 
-def frontier(args, model, twin, train, val):
-    counted, held = train[:-REFERENCE], train[-REFERENCE:]
-    judge = Judge(decode_tokens(counted))
-    references = {"train split": counted, "its last 40,000 characters": held, "validation": val}
-    print("| text | calls | speakers | ?! | line | JSD-3 | valid | n-gram | distinct | copy |\n"
-          "|---|---|---|---|---|---|---|---|---|---|")
+def frontier(args, model, judge, twin, train, val):
+    held, learned = train.tensor_split([HELD_OUT])
+    columns = Columns(decode_tokens(learned), judge, pieces(held))
 
-    def row(name, write_texts):
+    def row(name, batches):
         if any(part in name for part in args.only):
-            figures = []
-            for seed in args.seeds:
-                texts, calls = write_texts(seed)
-                figures.append({"calls": calls, **judge.columns(texts)})
-            show(name, summary(figures), args.csv)
+            texts, calls = (list(chain(*parts)) for parts in zip(*batches, strict=True))
+            show(name, columns.row(texts, calls), args.csv)
 
-    for name, ids in references.items():
-        row(name, lambda seed, ids=ids: (pieces(ids, seed), 0))
+    for name, ids in {"train split": learned, "held-out slice": held, "validation": val}.items():
+        row(name, [(texts := pieces(ids), [0.0] * len(texts))])
     for name, config in ROWS.items():
-        row(name, partial(write, model, config))
-    for temperature in (1.0, 0.8) if twin else ():
-        row(f"{TWIN}, T {temperature}", partial(write_causally, twin, temperature))
-
-
-def pieces(ids, seed: int) -> list[str]:
-    """Evenly spaced pieces of a text, other ones for other seeds."""
-    shift = seed * LENGTH // 8
-    return [decode_tokens(piece) for piece in spaced_windows(ids[shift:], LENGTH, TEXTS)]
+        row(name, (write(model, config, seed) for seed in args.seeds))
+    if twin:
+        row(f"{TWIN}, T 1", (write_causally(twin, 1.0, seed) for seed in args.seeds))
 
 
 def plot(rows_file: Path, picture: Path) -> None:
+    """Calls against the distance from unseen plays, of every row that makes calls."""
     from matplotlib.figure import Figure
 
     with open(rows_file, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(8, 5), dpi=110, layout="tight")
+        rows = {row["row"]: [float(row[key]) for key in ("calls", "over", "over error")]
+                for row in csv.DictReader(file) if float(row["calls"])}
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="tight")
     axes = figure.subplots()
-    for i, row in enumerate(rows):
-        below = -9 if i % 2 else 3  # neighbours' names on either side
-        calls, divergence, error = (float(row[key]) for key in ("calls", "JSD-3", "JSD-3 error"))
-        if calls:
-            # Variants of the default, present and former, get no name
-            name = row["row"]
-            trial = ("default" in name or "dilated" in name) and not name.endswith("default")
-            colour, right = "#bbb" if trial else "#222", calls > 150
-            axes.errorbar(calls, divergence, error, fmt="o", ms=3, color=colour)
-            axes.annotate("" if trial else name, (calls, divergence), fontsize=7,
-                          xytext=(-5 if right else 5, below), textcoords="offset points",
-                          ha="right" if right else "left")
-        else:
-            axes.axhline(divergence, lw=0.8, color="#d98c00")
-            axes.annotate(row["row"], (90, divergence), fontsize=7, color="#d98c00",
-                          xytext=(0, below), textcoords="offset points")
-    axes.set(xscale="log", xlabel="network calls per 240 characters")
-    axes.set(yscale="log", ylabel="JSD-3, nats")
+    qualities = [rows[name] for name in sorted(rows, key=rows.get) if name.startswith("--quality")]
+    axes.plot(*list(zip(*qualities, strict=True))[:2], lw=1, color="#d98c00")
+    for name, (calls, over, error) in rows.items():
+        ours = name == "--quality default"
+        axes.errorbar(calls, over, error, fmt="*" if ours else "o", ms=14 if ours else 4,
+                      color="#d98c00" if name.startswith("--quality") else "#444")
+        axes.annotate(name.removeprefix("--quality "), (calls, over), fontsize=11 if ours else 8,
+                      xytext=(-8, 8) if calls > 150 else (8, 5), textcoords="offset points",
+                      ha="right" if calls > 150 else "left", weight="bold" if ours else None)
+    axes.axhline(0, lw=0.8, color="#888")
+    axes.annotate("unseen plays", (240, 0), fontsize=8, color="#888", ha="right", xytext=(0, 3),
+                  textcoords="offset points")
+    axes.set(xscale="log", xlabel="network calls per 240 characters",
+             ylabel="nats per character over unseen plays")
     axes.set_xticks([30, 60, 120, 240], ["30", "60", "120", "240"], minor=False)
-    ticks = ["0.05", "0.06", "0.08", "0.1", "0.15", "0.2"]
-    axes.set_yticks([float(tick) for tick in ticks], ticks)
     axes.minorticks_off()
     figure.savefig(picture)
 
@@ -367,11 +318,11 @@ def causal_loop(twin, context: str, seed: int) -> str:
     return decode_tokens(x[0, len(context):])
 
 
-def sampler(model, context: str, seed: int, num_samples: int) -> str:
-    """What sample.py does with its defaults, for eight blocks."""
+def sampler(model, context: str, seed: int, config: SamplerConfig, num_samples: int = 1) -> str:
+    """What sample.py does, for 1,200 characters."""
     x = encode_text(context, model.config).long().to(next(model.parameters()).device)
-    x = torch.cat((x, x.new_zeros(8 * DEFAULT.block_len))).repeat(num_samples, 1)
-    *_, (x, _) = fill(model, x, DEFAULT, torch.Generator().manual_seed(seed))
+    x = torch.cat((x, x.new_zeros(6 * config.block_len))).repeat(num_samples, 1)
+    *_, (x, _) = fill(model, x, config, torch.Generator().manual_seed(seed))
     return decode_tokens(x[:, len(context):].flatten())
 
 
@@ -381,8 +332,10 @@ def speed(args, model, twin, float32_model, val):
     ways = {"naive loop": lambda seed: naive_loop(float32_model, context)}
     if twin:
         ways["GPT twin, cached"] = partial(causal_loop, twin, context)
-    for num_samples, name in ((1, "sample.py"), (8, "sample.py, 8 samples")):
-        ways[name] = partial(sampler, model, context, num_samples=num_samples)
+    for name, config in QUALITIES.items():
+        ways[f"--quality {name}"] = partial(sampler, model, context, config=config)
+    ways["default, 8 samples"] = partial(sampler, model, context, config=SamplerConfig(),
+                                         num_samples=8)
     rates = {name: [] for name in ways}
     for seed in range(args.repeats):
         for name, way in ways.items():
@@ -396,8 +349,11 @@ def speed(args, model, twin, float32_model, val):
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint to judge")
-    add("--twin", type=Path, default=TWIN_WEIGHTS, help="the GPT twin; left out if missing")
+    add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint whose text is judged")
+    add("--judge", type=Path, default=JUDGE_WEIGHTS,
+        help="the GPT twin that judges; without it, no column of its own")
+    add("--twin", type=Path, default=TWIN_WEIGHTS,
+        help="the GPT twin that writes, another one; left out if missing")
     add("--seeds", type=SEED, nargs="+", default=[0, 1, 2, 3], help="random seeds of a row")
     add("--only", nargs="+", default=[""], help="the rows whose name contains one of these")
     add("--csv", type=Path, help="file that gets the rows as well, at its end")
@@ -408,12 +364,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     model = load_for_sampling(args.weights, device)
-    twin = load_for_sampling(args.twin, device) if args.twin.exists() else None
+    judge, twin = (make_causal(load_for_sampling(path, device)) if path.exists() else None
+                   for path in (args.judge, args.twin))
     train, val, _ = load_corpus(DEFAULT_DATA, model.config)
     if args.speed:
         speed(args, model, twin, load_weights(args.weights, device)[0], val)
     else:
-        frontier(args, model, twin, train, val)
+        frontier(args, model, judge, twin, train, val)
     if args.plot:
         plot(args.csv, args.plot)
 
