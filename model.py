@@ -63,8 +63,8 @@ class DiffusionConfig:
 
     def __post_init__(self):
         why = ""
-        if not all(type(size) is int and 0 <= size < 2**31 for size in vars(self).values()):
-            why = "sizes are whole numbers below 2**31"
+        if not all(type(size) is int and 0 <= size <= 10**6 for size in vars(self).values()):
+            why = "sizes are whole numbers up to a million"
         elif not (self.sequence_len and self.diffusion_steps and 0 < self.n_layer <= 1000):
             why = "sequence_len and diffusion_steps are at least 1, n_layer is 1 to 1000"
         elif not self.n_head or not self.n_embd or self.n_embd % (2 * self.n_head):
@@ -404,7 +404,7 @@ def read_checkpoint(path: Path | str) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for broken files
         why = getattr(error, "strerror", None) or f"broken, or not by torch.save ({error!r:.40})"
-        raise BadInput(f"weights file {path}: {why}; uv run training.py makes one") from error
+        raise BadInput(f"weights file {path}: {why}") from error
     contents = contents if isinstance(contents, dict) else {}
     if "token_emb.weight" in map(plain_name, contents):
         contents = {"model": contents, "config": asdict(DiffusionConfig()), "meta": {}}
@@ -459,7 +459,7 @@ def number(kind: type, least: float, most: float = math.inf):
             if least <= value <= most and value < math.inf:
                 return value
         wanted = f"{'a whole' if kind is int else 'a'} number from {least} to {most}"
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {wanted.removesuffix(' to inf')}")
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: expected {wanted.removesuffix(' to inf')}")
 
     return parse
 
@@ -536,7 +536,7 @@ def start(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (BadInput, OSError) as error:
-        say(f"error: {error}")
+        say(f"error: {' '.join(str(error).splitlines())}")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

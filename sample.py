@@ -253,7 +253,7 @@ def add_sampler_arguments(parser: CommandLine) -> None:
     add("--steps", type=COUNT, help="ancestral: levels of the reverse process (default: 128)")
     add("--temperature", type=TEMPERATURE, help="of every draw; 0 always takes the likeliest "
         f"character (default: {default.temperature}, or 0.83 if --quality fast)")
-    add("--sweeps", type=number(int, 0), help="how often the correction redraws every new "
+    add("--sweeps", type=number(int, 0, 1000), help="how often the correction redraws every new "
         "character (default: 2, 4 or 5, by --quality; left-to-right: 0)")
     add("--sweep-min-p", type=number(float, 0, 1), default=default.sweep_min_p, help="the sweeps "
         "draw no character less likely than this share of the likeliest; 1 takes the likeliest")
@@ -292,9 +292,14 @@ def sampler_config(args: argparse.Namespace, T: int) -> SamplerConfig:
                          block_len, lookback)
 
 
+def typed(path: Path) -> str:
+    """The path as a word of a command, where a leading dash would make it a flag."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def sample_command(weights: Path) -> str:
     """The command that writes with these weights."""
-    chosen = [] if weights == DEFAULT_WEIGHTS else ["--weights", str(weights)]
+    chosen = [] if weights == DEFAULT_WEIGHTS else ["--weights", typed(weights)]
     return shlex.join(["uv", "run", "sample.py", *chosen])
 
 

@@ -49,7 +49,7 @@ from model import (
     masked_nll, multiplies_bf16, nelbo, noise_index, number, pick_device, q_sample,
     read_checkpoint, replacing, save_weights, say, start, temporaries,
 )
-from sample import denoise, dilated, sample_command
+from sample import denoise, dilated, sample_command, typed
 
 try:
     import fcntl
@@ -99,19 +99,21 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[dict, dict]:
     network = parser.add_argument_group("network and diffusion")
     for size in SIZES:
         about = "256 for any UTF-8 text" if size == "vocab_size" else "see DiffusionConfig"
-        add(network, "--" + size.replace("_", "-"), getattr(DiffusionConfig, size), about, type=int)
+        add(network, "--" + size.replace("_", "-"), getattr(DiffusionConfig, size), about,
+            type=number(int, 0, 10**6))
     how_long = parser.add_mutually_exclusive_group()
     add(how_long, "--steps", 20_000, "optimizer steps", type=COUNT)
     add(how_long, "--max-minutes", None, "stop after this many minutes in the loop instead",
-        type=number(float, 1e-3))
+        type=number(float, 1e-3, 1e6))
     training = parser.add_argument_group("optimization")
     add(training, "--batch-size", 64, "sequences per step, over all processes", type=COUNT)
     add(training, "--learning-rate", None, "peak learning rate of the block matrices (default: "
-        "0.005; 0.02 with --max-minutes or in fewer than 10,000 steps)", type=number(float, 1e-12))
+        "0.005; 0.02 with --max-minutes or in fewer than 10,000 steps)",
+        type=number(float, 1e-12, 10))
     add(training, "--decay", None, "share of the run in which the learning rate falls to zero "
         "(default: 1; 0.5 with --max-minutes or in fewer than 10,000 steps)",
         type=number(float, 0, 1))
-    add(training, "--weight-decay", 0.0, "of the block matrices", type=number(float, 0))
+    add(training, "--weight-decay", 0.0, "of the block matrices", type=number(float, 0, 100))
     add(training, "--seed", 1337, "random seed", type=SEED)
     running = parser.add_argument_group("running")
     add(running, "--eval-interval", None, "steps between evaluations (default: 250; on CUDA 1000)",
@@ -149,19 +151,28 @@ class Texts(NamedTuple):
 
 def read_texts(paths: list[str], config: DiffusionConfig) -> Texts:
     """Reads and splits the texts. Raises BadInput for an unusable text, and for a further text that
-    contains the validation split of the first one."""
+    contains what must not be learned of the first one."""
     train, val, sha256 = load_corpus(paths[0], config)
     held, train = train.tensor_split([min(HELD_OUT, len(train) // 10)])
     learned, checksums = [train], [sha256]
     for path in paths[1:]:
         *parts, sha256 = load_corpus(path, config)
-        whole = torch.cat(parts)
-        if bytes(val.numpy()) in bytes(whole.numpy()):
-            raise BadInput(f"--data {path}: holds the validation split of {paths[0]}, and all of a "
-                           "further text would be learned")
-        learned.append(whole)
+        learned.append(torch.cat(parts))
+        if sha256 in checksums[1:]:
+            raise BadInput(f"--data {path}: the same text twice")
+        if shares_pieces(val, learned[-1]) or shares_pieces(held, learned[-1]):
+            raise BadInput(f"--data {path}: holds a part of {paths[0]} that must not be learned, "
+                           "of its validation split or of its held-out slice")
         checksums.append(sha256)
     return Texts(torch.cat(learned), len(train), held, val, checksums)
+
+
+def shares_pieces(split: torch.Tensor, text: torch.Tensor) -> bool:
+    """Whether one of 50 evenly spaced pieces of the split, of 100 characters each, stands in the
+    text, whatever the white space."""
+    split, text = (b" ".join(bytes(ids.numpy()).split()) for ids in (split, text))
+    last = max(0, len(split) - 100)
+    return any(split[last * i // 49 : last * i // 49 + 100] in text for i in range(50))
 
 
 # Optimizers ---------------------------------------------------------------------------------------
@@ -469,8 +480,14 @@ def claimed(weights: Path, resume: bool) -> Iterator[None]:
     state_path = state_beside(weights)
     if weights.suffix != ".pt" or weights.name.endswith(".state.pt"):
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
-    if weights.exists():
-        read_checkpoint(weights)  # raises BadInput
+    if resume and not state_path.exists():
+        raise BadInput(f"{state_path}: not there, so there is no run to continue")
+    try:
+        if weights.exists():
+            read_checkpoint(weights)
+    except BadInput as error:
+        raise BadInput(f"--weights {weights}: is there and no checkpoint; choose another name"
+                       ) from error
     state_path.parent.mkdir(parents=True, exist_ok=True)
     with locked(state_path):
         if fcntl and is_empty(state_path):
@@ -622,77 +639,76 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
             raise BadInput(f"{state_beside(args.weights)}: its run has other {name} "
                            f"({state['meta'].get(name)}, not {about[name]})")
 
-    with claimed(args.weights, args.resume) if leader else nullcontext():
-        # Compile and DDP
+    # Compile and DDP
+    if leader:
+        say(f"training on {about['hardware']}")
+    B, rows = args.batch_size, args.batch_size // world
+    mine = slice(rank * rows, (rank + 1) * rows)  # of the batch
+    network = run.model
+    if not args.no_compile and device.type != "mps":
         if leader:
-            say(f"training on {about['hardware']}")
-        B, rows = args.batch_size, args.batch_size // world
-        mine = slice(rank * rows, (rank + 1) * rows)  # of the batch
-        network = run.model
-        if not args.no_compile and device.type != "mps":
-            if leader:
-                say("compiling, about a minute")
-            network = compiled(run.model, rows)
-            teachers = [compiled(teacher, rows, learns=False) for teacher in teachers]
-        if world > 1:
-            network = DistributedDataParallel(network)
-            network.broadcast_buffers = False  # the rotary tables never change
+            say("compiling, about a minute")
+        network = compiled(run.model, rows)
+        teachers = [compiled(teacher, rows, learns=False) for teacher in teachers]
+    if world > 1:
+        network = DistributedDataParallel(network)
+        network.broadcast_buffers = False  # the rotary tables never change
 
-        # The loop
-        curriculum = AFTER_INIT if args.init else FROM_SCRATCH
-        curriculum = curriculum._replace(first_share=args.first_share, first_len=texts.first_len)
-        interval = args.eval_interval or (1000 if device.type == "cuda" else 250)
-        bar = tqdm(total=round(60 * args.max_minutes) if args.max_minutes else args.steps,
-                   bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
-                   disable=None if leader else True)  # None: silent unless stderr is a terminal
-        clock = time.perf_counter()
-        with stop_signals() as received, bar:
-            while True:
-                # Where the run is, by the clock or by the count; all processes agree on it
-                now = time.perf_counter()
-                run.seconds += now - clock
-                clock = now
-                progress = run.step / args.steps
-                if args.max_minutes:
-                    progress = run.seconds / (60 * args.max_minutes)
-                progress, signum = agree(progress, received[0] if received else 0, device)
-                finished = progress >= 1
-                stopped = signum and not finished
+    # The loop
+    curriculum = AFTER_INIT if args.init else FROM_SCRATCH
+    curriculum = curriculum._replace(first_share=args.first_share, first_len=texts.first_len)
+    interval = args.eval_interval or (1000 if device.type == "cuda" else 250)
+    bar = tqdm(total=round(60 * args.max_minutes) if args.max_minutes else args.steps,
+               bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+               disable=None if leader else True)  # None: silent unless stderr is a terminal
+    clock = time.perf_counter()
+    with stop_signals() as received, bar:
+        while True:
+            # Where the run is, by the clock or by the count; all processes agree on it
+            now = time.perf_counter()
+            run.seconds += now - clock
+            clock = now
+            progress = run.step / args.steps
+            if args.max_minutes:
+                progress = run.seconds / (60 * args.max_minutes)
+            progress, signum = agree(progress, received[0] if received else 0, device)
+            finished = progress >= 1
+            stopped = signum and not finished
 
-                # Evaluate and save. A stopped run only saves: the system may kill it soon
-                due = finished or (run.step > 0 and run.step % interval == 0)
-                if leader and due and not stopped:
-                    evaluate(args, run, texts)
-                if leader and (due or stopped):
-                    try_to(save_state, args, about, run)
-                if finished or stopped:
-                    break
+            # Evaluate and save. A stopped run only saves: the system may kill it soon
+            due = finished or (run.step > 0 and run.step % interval == 0)
+            if leader and due and not stopped:
+                evaluate(args, run, texts)
+            if leader and (due or stopped):
+                try_to(save_state, args, about, run)
+            if finished or stopped:
+                break
 
-                # The batch. Every process draws the whole batch and keeps its own rows. So the
-                # batch does not depend on the number of processes
-                teacher = teachers[run.step % len(teachers)] if teachers else None
-                batch = draw_batch(text, config, B, run.generator, progress, curriculum)
-                batch = [part[mine] for part in batch]
+            # The batch. Every process draws the whole batch and keeps its own rows. So the
+            # batch does not depend on the number of processes
+            teacher = teachers[run.step % len(teachers)] if teachers else None
+            batch = draw_batch(text, config, B, run.generator, progress, curriculum)
+            batch = [part[mine] for part in batch]
 
-                # Forward, loss, backward, update
-                loss = batch_loss(network, batch, teacher) * world  # DDP takes the processes' mean
-                loss.backward()
-                factor = learning_rate_factor(progress, args.decay)
-                update(run.model, run.optimizers, factor)
+            # Forward, loss, backward, update
+            loss = batch_loss(network, batch, teacher) * world  # DDP takes the processes' mean
+            loss.backward()
+            factor = learning_rate_factor(progress, args.decay)
+            update(run.model, run.optimizers, factor)
 
-                if not math.isfinite(loss.item()):
-                    raise BadInput(f"the loss at step {run.step} is {loss.item()}: stopped; the "
-                                   "last save stays. A lower --learning-rate may help")
-                run.step += 1
-                bar.update(round(progress * bar.total) - bar.n)
-                bar.set_postfix_str(f"step {run.step}, loss {loss.item():.3f}, "
-                                    f"lr {args.learning_rate * factor:.4f}")
+            if not math.isfinite(loss.item()):
+                raise BadInput(f"the loss at step {run.step} is {loss.item()}: stopped. A "
+                               "lower --learning-rate or --weight-decay may help")
+            run.step += 1
+            bar.update(round(progress * bar.total) - bar.n)
+            bar.set_postfix_str(f"step {run.step}, loss {loss.item():.3f}, "
+                                f"lr {args.learning_rate * factor:.4f}")
 
-        if leader and finished:
-            finish(args, about, run, texts.val)
-        elif leader:
-            say(f"stopped after step {run.step}; continue: uv run training.py --resume --weights "
-                f"{shlex.quote(str(args.weights))}")
+    if leader and finished:
+        finish(args, about, run, texts.val)
+    elif leader:
+        say(f"stopped after step {run.step}; continue: uv run training.py --resume --weights "
+            f"{shlex.quote(typed(args.weights))}")
     return 0 if finished else signum
 
 
@@ -713,24 +729,30 @@ def main(argv: list[str] | None = None) -> None:
     given, defaults = parse_arguments(argv)
     if "eval_only" in given:
         return evaluate_only(given, defaults)
-    state, saved, source = None, {}, given.get("init")
-    if "resume" in given:
-        source = state_beside(given.get("weights", DEFAULT_WEIGHTS))
-        state = read_checkpoint(source)
-        if not isinstance(saved := state.get("args"), dict):
-            raise BadInput(f"{source}: weights alone, so there is nothing to resume")
-    elif source is not None:
-        config = read_checkpoint(source)["config"]
-        saved = {size: config[size] for size in SIZES if size in config}
-    args = settle(given, defaults, saved, source)
-    if args.first_share is not None and len(args.data) == 1:
-        raise BadInput(f"--first-share {args.first_share}: there is one text; --data takes more")
     words = sys.argv[1:] if argv is None else argv
-    try:
-        signum = train(args, state, shlex.join(["uv", "run", "training.py", *map(str, words)]))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    command = shlex.join(["uv", "run", "training.py", *map(str, words)])
+    weights, resume = given.get("weights", DEFAULT_WEIGHTS), "resume" in given
+    leader = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    # The files are claimed before the state is read, so that no other run can go on from it
+    with claimed(weights, resume) if leader else nullcontext():
+        state, saved, source = None, {}, given.get("init")
+        if resume:
+            source = state_beside(weights)
+            state = read_checkpoint(source)
+            if not isinstance(saved := state.get("args"), dict):
+                raise BadInput(f"{source}: weights alone, so there is nothing to resume")
+        elif source is not None:
+            config = read_checkpoint(source)["config"]
+            saved = {size: config[size] for size in SIZES if size in config}
+        args = settle(given, defaults, saved, source)
+        if args.first_share is not None and len(args.data) == 1:
+            raise BadInput(f"--first-share {args.first_share}: there is one text; --data can name "
+                           "more")
+        try:
+            signum = train(args, state, command)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
     if signum:
         sys.exit(128 + signum)
 

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--generations", type=COUNT, default=60, help="how long to play")
     add("--density", type=number(float, 0, 1), default=0.2, help="share of cells alive at first")
     add("--temperature", type=TEMPERATURE, default=0.8, help="0 takes the likeliest character")
-    add("--calls", type=COUNT, default=4, help="network calls per generation")
+    add("--calls", type=number(int, 1, 10_000), default=4, help="network calls per generation")
     show(scenes, parser.parse_args(argv), title="Life in a field of text", candidates=3,
          columns=COLS, view="grid")
 

@@ -22,14 +22,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     contents = read_checkpoint(args.weights)
     log = contents.get("run", contents["meta"]).get("log")
-    if not log:
-        raise BadInput(f"{args.weights}: holds no log of a training run")
+    try:
+        characters = [row["characters_seen"] / 1e6 for row in log]
+        curves = {name: [float(row[name]) for row in log]
+                  for name in log[0] if name.endswith(("_nelbo", "_loss"))}
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{args.weights}: holds no log of a training run") from error
     figure = Figure(figsize=(7, 4), dpi=110, layout="tight")
     axes = figure.subplots()
-    characters = [row["characters_seen"] / 1e6 for row in log]
-    for name in log[0]:
-        if name.endswith(("_nelbo", "_loss")):
-            axes.plot(characters, [row[name] for row in log], "o-", ms=3, label=name)
+    for name, curve in curves.items():
+        axes.plot(characters, curve, "o-", ms=3, label=name)
     axes.set(xlabel="million characters seen", ylabel="nats per character")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,5 +1,7 @@
 """What training.py learns: the batch, the loss, the optimizers, the texts, and whole runs."""
 
+import math
+
 import pytest
 import torch
 from conftest import (
@@ -137,12 +139,14 @@ def test_init_refuses_flags_for_another_shape(whole_run, small_corpus, tmp_path,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
-    small_corpus, tmp_path, command
+    small_corpus, tmp_path, command, monkeypatch
 ):
+    batch_loss = training.batch_loss
+    monkeypatch.setattr(training, "batch_loss", lambda *batch: batch_loss(*batch) * math.nan)
     process = command(training.main, "--data", small_corpus, "--weights", tmp_path / "w.pt",
-                      "--steps", 50, *TINY_RUN, "--learning-rate", 1e38)
+                      "--steps", 50, *TINY_RUN)
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1].startswith("error: the loss at step")
+    assert process.stderr.splitlines()[-1].startswith("error: the loss at step 0 is nan")
 
 
 def test_max_minutes_follows_the_clock_of_the_loop(small_corpus, tmp_path, command):
@@ -317,18 +321,34 @@ def test_the_rank_variables_of_a_platform_start_no_further_processes(environment
     assert training.start_processes(args) == (0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("further", [
-    "{corpus}", "a preface\n{corpus}an afterword\n",
-], ids=["a copy", "the text inside another"])
-def test_a_further_text_that_holds_the_validation_split_is_refused(
-    further, tmp_path, command
+CORPUS = "".join(f"line {n} of a text without repetitions\n" for n in range(90))
+
+
+@pytest.mark.parametrize("further, refused", [
+    (CORPUS, True), ("a preface\n" + CORPUS + "an afterword\n", True), (CORPUS[-500:-1], True),
+    (CORPUS.replace("\n", "\n\n"), True), (CORPUS[:300], True), (CORPUS[600:1800], False),
+], ids=["a copy", "inside another", "most of the validation split", "other line ends",
+        "the held-out slice", "learned anyway"])
+def test_a_further_text_that_holds_what_must_not_be_learned_is_refused(
+    further, refused, tmp_path, command
 ):
-    corpus = "".join(f"line {n} of a text without repetitions\n" for n in range(60))
-    (tmp_path / "first.txt").write_text(corpus, encoding="utf-8")
-    (tmp_path / "further.txt").write_text(further.format(corpus=corpus), encoding="utf-8")
+    (tmp_path / "first.txt").write_text(CORPUS, encoding="utf-8")
+    filler = "a rolling stone gathers no moss\n" * 12
+    (tmp_path / "further.txt").write_text(filler + further, encoding="utf-8")
     process = command(training.main, "--data", tmp_path / "first.txt", tmp_path / "further.txt",
-                      "--weights", tmp_path / "w.pt", "--steps", 2, *TINY_RUN)
-    assert_one_clear_line(process, "further.txt", "validation split of", "first.txt")
+                      "--weights", tmp_path / "w.pt", "--steps", 1, *TINY_RUN)
+    if refused:
+        assert_one_clear_line(process, "further.txt", "must not be learned", "first.txt")
+    else:
+        assert process.returncode == 0, process.stderr
+
+
+def test_a_further_text_that_is_given_twice_is_refused(small_corpus, tmp_path, command):
+    further = tmp_path / "more.txt"
+    further.write_text("a rolling stone gathers no moss\n" * 12, encoding="utf-8")
+    process = command(training.main, "--data", small_corpus, further, further, "--weights",
+                      tmp_path / "w.pt", "--steps", 1, *TINY_RUN)
+    assert_one_clear_line(process, "more.txt", "twice")
 
 
 # ---- teachers
