@@ -62,7 +62,7 @@ def lowest(level, masked):
     return masked & (level == level.amin(1, keepdim=True))
 
 
-def dilated(proposal: Proposal, turns: int = 20):
+def dilated(proposal: Proposal, turns: int = 15):
     """Every turns-th character, so that those unmasked together stand far apart and their
     independence costs little; the next turn takes those halfway between (arXiv 2506.19037). The
     order ignores confidence, or easy characters would come first. It begins at a random place."""
@@ -158,7 +158,7 @@ class SamplerConfig:
 
     rule: Rule = dilated
     temperature: float = 0.88
-    sweeps: int = 4                 # how often the correction redraws every new character
+    sweeps: int = 5                 # how often the correction redraws every new character
     sweep_min_p: float = 0.2        # the correction's min_p; 1 takes the likeliest
     stride: int = 5                 # each correction call remasks every stride-th character
     block_len: int = 200            # new characters at a time
@@ -168,7 +168,7 @@ class SamplerConfig:
 QUALITIES = {  # the best found at 31, 48 and 64 network calls per 240 characters (frontier.md)
     "fast": SamplerConfig(partial(dilated, turns=16), temperature=0.83, sweeps=2),
     "default": SamplerConfig(),
-    "best": SamplerConfig(partial(dilated, turns=28), sweeps=5),
+    "best": SamplerConfig(partial(dilated, turns=23), sweeps=6),
 }
 SENTENCE_ENDS = torch.tensor(list(b".?!"))
 
@@ -247,14 +247,14 @@ def add_sampler_arguments(parser: CommandLine) -> None:
         help="which characters a network call unmasks: those far apart, the k most confident, the "
         "k leftmost, those above a confidence, or those of the reverse process")
     add("--turns", type=number(int, 1, 10_000), help="dilated: calls in which a draft is complete "
-        "(default: 16, 20 or 28, by --quality)")
+        "(default: 16, 15 or 23, by --quality)")
     add("--k", type=COUNT, help="top-k and left-to-right: characters per call (default: 20 and 1)")
     add("--tau", type=number(float, 0, 1), help="threshold: least confidence (default: 0.9)")
     add("--steps", type=COUNT, help="ancestral: levels of the reverse process (default: 128)")
     add("--temperature", type=TEMPERATURE, help="of every draw; 0 always takes the likeliest "
         f"character (default: {default.temperature}, or 0.83 if --quality fast)")
     add("--sweeps", type=number(int, 0, 1000), help="how often the correction redraws every new "
-        "character (default: 2, 4 or 5, by --quality; left-to-right: 0)")
+        "character (default: 2, 5 or 6, by --quality; left-to-right: 0)")
     add("--sweep-min-p", type=number(float, 0, 1), default=default.sweep_min_p, help="the sweeps "
         "draw no character less likely than this share of the likeliest; 1 takes the likeliest")
     add("--stride", type=COUNT, default=default.stride,
