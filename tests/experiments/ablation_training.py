@@ -208,7 +208,8 @@ def drop_out(p, module, inputs, out):
 def train(recipe, tokens, characters, seed, teachers):
     torch.manual_seed(seed)
     model = DiffusionTransformer(CONFIG)
-    torch.nn.init.normal_(model.time_emb.weight, std=recipe.time_std)
+    if recipe.time_std:
+        torch.nn.init.normal_(model.time_emb.weight, std=recipe.time_std)
     for block in model.blocks:
         mlp_dropout = max(recipe.dropout, recipe.mlp_dropout)
         for part, p in ((block.attn.c_proj, recipe.dropout), (block.mlp.c_proj, mlp_dropout)):
