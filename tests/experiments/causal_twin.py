@@ -1,42 +1,54 @@
 """The GPT twin: the model's trunk made causal, trained to predict the next character.
 
-    uv run tests/experiments/causal_twin.py --max-minutes 17
-    uv run tests/experiments/causal_twin.py --steps 1000 --weight-decay 0.3 --seed 1
-    uv run tests/experiments/causal_twin.py --fit
-    uv run tests/experiments/causal_twin.py --write 3000000 --temperature 1.1 > weights/twin.txt
+    uv run tests/experiments/causal_twin.py                  # one twin, weights/causal_twin.pt
+    uv run tests/experiments/causal_twin.py --seeds 0 1 2 --weights "weights/twin_{seed}.pt"
+    uv run tests/experiments/causal_twin.py --twins weights/twin_?.pt \
+        --write 3000000 --out weights/fresh.txt
+    uv run tests/experiments/causal_twin.py --teachers weights/twin_?.pt --first-share 0.33 \
+        --data data/tiny_shakespeare.txt weights/fresh.txt --characters 60000000
 
-The benchmarks compare the diffusion model with this GPT. It has the same size and learns the same
-text by the same optimizers. Its weights, weights/causal_twin.pt, are not shipped. It overfits after
-some ten million characters. So a run learns all but the first 40,000 characters of the train split,
-and keeps the weights that are best on those. --write prints fresh text for training.py to learn
-besides the real one; --fit finds the temperature at which to write.
+The benchmarks compare the diffusion model with this GPT. It has the same size and learns by the
+same optimizers. As in training.py, the first 40,000 characters of the train split are not learned,
+and choose which weights are kept; the validation split is not read. Twins write fresh text for
+training.py, as an ensemble, at the temperature that makes the held-out characters likeliest. The
+third command trains a GPT student: it learns the fresh text too, and the ensemble's probabilities.
+
+Once a minute a run saves X.state.pt beside its weights X.pt. The same command continues from there.
 """
 
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads must not spin on busy cores
 
+import argparse
 import math
 import sys
 import time
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
 from model import (
-    COUNT, DEFAULT_DATA, ROOT, SEED, TEMPERATURE, BadInput, CommandLine, DiffusionConfig,
-    DiffusionTransformer, autocast, decode_tokens, load_corpus, number, pick_device,
-    read_checkpoint, save_weights, say, start,
+    COUNT, DEFAULT_DATA, ROOT, SEED, BadInput, CommandLine, DiffusionConfig, DiffusionTransformer,
+    autocast, decode_tokens, load_corpus, load_weights, move_aside, number, pick_device,
+    read_checkpoint, replacing, run, save_weights, warn,
 )
 from sample import draw, load_for_sampling
-from training import HELD_OUT, compiled, learning_rate_factor, make_optimizers, update
+from training import (
+    HELD_OUT, SIZES, TEACHER_SHARE, compiled, distilled_nll, learning_rate_factor, make_optimizers,
+    update,
+)
 
 TWIN_WEIGHTS = ROOT / "weights" / "causal_twin.pt"
-LEARNING_RATE = 0.02  # Muon's; AdamW's is 3e-3
+EVAL_INTERVAL = 50  # steps between evaluations on the held-out characters
+SAVE_SECONDS = 60   # between saves of the state
+REACH = 64          # attention reads a multiple of so many kept keys: four shapes for 256 positions
 
 # Every query attends only to the keys up to its own position
 causal = partial(F.scaled_dot_product_attention, is_causal=True)
@@ -82,6 +94,9 @@ def nats(twins: list[DiffusionTransformer], ids) -> float:
     return nll_of(log_p, x_0).mean().item()
 
 
+# Writing ------------------------------------------------------------------------------------------
+
+
 def fit_temperature(twins: list[DiffusionTransformer], ids) -> dict[float, float]:
     """Nats per character of a text at temperatures from 1 to 1.4, as `draw` applies them."""
     x_0, log_p = judged(twins, ids)
@@ -89,36 +104,51 @@ def fit_temperature(twins: list[DiffusionTransformer], ids) -> dict[float, float
     return {t: nll_of((log_p / t).log_softmax(-1), x_0).mean().item() for t in temperatures}
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing
+@dataclass
+class Place:
+    """Where the newest characters stand, which all blocks of all twins share."""
+
+    length: int                             # positions that are kept in the end
+    position: torch.Tensor | None = None    # (T,) of the newest characters
+    readable: torch.Tensor | None = None    # (T, reach) which kept keys each of them attends to
+
+    def move(self, T: int, device) -> None:
+        """On to the next T characters."""
+        begin = 0 if self.position is None else self.stop
+        self.stop = begin + T
+        self.position = torch.arange(begin, self.stop, device=device)
+        reach = -(-self.stop // REACH) * REACH
+        self.readable = torch.arange(reach, device=device) <= self.position[:, None]
 
 
 class KeptKeys:
     """Causal attention of one transformer block. It keeps the keys and values of all earlier
-    positions, so that a network call needs only the new ones."""
+    positions, so that a network call needs only the new ones. A GPU sees four shapes only."""
 
-    def __init__(self, length: int):
-        self.length, self.n = length, 0  # of positions: in the end, and kept so far
+    def __init__(self, place: Place):
+        self.place, self.kept = place, None
 
     def __call__(self, q, k, v):
-        begin, self.n = self.n, self.n + q.size(2)
-        if not begin:
+        position, readable = self.place.position, self.place.readable
+        if self.kept is None:
             B, H, _, D = k.shape
-            self.keys, self.values = torch.empty(2, B, H, self.length, D, device=k.device)
-        self.keys[:, :, begin : self.n] = k
-        self.values[:, :, begin : self.n] = v
-        keys, values = self.keys[:, :, : self.n], self.values[:, :, : self.n]
-        # In float32: with a single query, a CPU needs twice as long in bfloat16. The mask is right,
-        # as several queries come only in the first call, when nothing is kept
-        y = F.scaled_dot_product_attention(q.float(), keys, values, is_causal=q.size(2) > 1)
+            length = -(-self.place.length // REACH) * REACH
+            # A CPU needs twice as long for a single query in bfloat16
+            dtype = torch.bfloat16 if k.is_cuda else torch.float32
+            self.kept = torch.zeros(2, B, H, length, D, dtype=dtype, device=k.device)
+        keys, values = self.kept
+        keys.index_copy_(2, position, k.to(keys.dtype))
+        values.index_copy_(2, position, v.to(keys.dtype))
+        keys, values = (x[:, :, : readable.size(1)] for x in self.kept)
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=readable)
         return y.to(q.dtype)
 
 
-def following_log_p(twin: DiffusionTransformer, new):
-    """log p (B, 1, V) of the character after the ids `new` (B, T). The new ids follow the positions
-    whose keys the twin keeps."""
-    cos, sin, n = twin.cos, twin.sin, twin.blocks[0].attn.attend.n
-    twin.cos, twin.sin = cos[n:], sin[n:]                           # `new` begins at position n
+def following_log_p(twin: DiffusionTransformer, new, position):
+    """log p (B, 1, V) of the character after the ids `new` (B, T), which stand at `position` (T,)
+    behind those whose keys the twin keeps."""
+    cos, sin = twin.cos, twin.sin
+    twin.cos, twin.sin = cos[position], sin[position]
     log_p = twin(new, torch.zeros_like(new[:, 0]))[:, -1:]
     twin.cos, twin.sin = cos, sin
     return log_p
@@ -130,115 +160,213 @@ def continue_causally(twins: list[DiffusionTransformer], x, length: int, tempera
     """The ids x (B, T) and `length` more, (B, T + length), at most sequence_len in all. After the
     first network call, each needs only the newest character. Several twins write as an ensemble."""
     mask_token_id, end = twins[0].config.mask_token_id, x.size(1) + length
+    place = Place(end)
     for twin in twins:
         for block in twin.blocks:
-            block.attn.attend = KeptKeys(end)
+            block.attn.attend = KeptKeys(place)
     new = torch.cat((x.new_full((len(x), 1), mask_token_id), x), 1)
-    while x.size(1) < end:
-        log_p = average([following_log_p(twin, new) for twin in twins])             # (B, 1, V)
-        new = draw(log_p, temperature, generator)
-        x = torch.cat((x, new), 1)
+    # cuDNN's attention would plan every length anew
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        while x.size(1) < end:
+            place.move(new.size(1), x.device)
+            log_p = average([following_log_p(twin, new, place.position) for twin in twins])
+            new = draw(log_p, temperature, generator)               # (B, 1)
+            x = torch.cat((x, new), 1)
     for twin in twins:
         make_causal(twin)
     return x
 
 
 def write(twins: list[DiffusionTransformer], num_characters: int, temperature: float, seed: int,
-          streams: int = 192) -> str:
+          streams: int) -> str:
     """At least num_characters characters, as several streams in one batch. A stream grows by half a
     window at a time, and each half sees the one before it."""
-    half = twins[0].config.sequence_len // 2
-    x = torch.empty(streams, 0, dtype=torch.long, device=next(twins[0].parameters()).device)
-    generator = torch.Generator().manual_seed(seed)
+    half, device = twins[0].config.sequence_len // 2, next(twins[0].parameters()).device
+    x = torch.empty(streams, 0, dtype=torch.long, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
     for _ in trange(-(-num_characters // (streams * half)), unit="half window", disable=None):
         window = continue_causally(twins, x[:, -half:], half, temperature, generator)
         x = torch.cat((x, window[:, -half:]), 1)
     return "\n".join(decode_tokens(row) for row in x)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-
-
-def incumbent(path: Path) -> float:
-    """Held-out nats per character of the existing twin, infinite if there is none. Raises BadInput
-    for a file that is no twin."""
-    if not path.exists():
-        return math.inf
-    meta = read_checkpoint(path)["meta"]
-    if "held_nll" not in meta:
-        raise BadInput(f"{path}: not a GPT twin, so not overwritten; choose another --weights")
-    say(f"{path} has {meta['held_nll']:.4f} held-out nats per character; only a better twin "
-         "replaces it")
-    return meta["held_nll"]
-
-
-def train(args, device: torch.device) -> None:
-    best, step = incumbent(args.weights), 0
-    config = DiffusionConfig()
-    text, val, corpus_sha256 = load_corpus(DEFAULT_DATA, config)
-    held, text = text.tensor_split([HELD_OUT])
-    torch.manual_seed(args.seed)
+def write_text(args: argparse.Namespace, device: torch.device) -> None:
+    """Writes --out as the ensemble of --twins, at the temperature that suits the held-out text."""
+    twins = [make_causal(load_for_sampling(path, device)) for path in args.twins]
+    held, *_ = load_texts(args.data[:1], twins[0].config)
+    alone = [nats([twin], held) for twin in twins]
+    fitted = fit_temperature(twins, held)
+    t = min(fitted, key=fitted.get)
+    warn(f"nats per held-out character: each twin {', '.join(f'{x:.4f}' for x in alone)}; their "
+         f"ensemble {fitted[1.0]:.4f}, at temperature {t} {fitted[t]:.4f}")
     started = time.perf_counter()
-    model = make_causal(DiffusionTransformer(config).to(device))
-    optimizers = make_optimizers(model, LEARNING_RATE, args.weight_decay)
-    network = compiled(model, args.batch_size)
+    text = write(twins, args.write, t, args.seeds[0], args.streams)
+    seconds = time.perf_counter() - started
+    with replacing(args.out) as file:
+        file.write(text.encode())
+    print(f"{args.out}: {len(text)} characters at temperature {t}, "
+          f"{len(text) / seconds:.0f} a second")
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def load_texts(paths: list[str], config: DiffusionConfig):
+    """The held-out slice, the text that is learned (all of the further ones), how many of its
+    characters come from the first file, and the files' SHA-256."""
+    (text, _, sha256), *further = [load_corpus(path, config) for path in paths]
+    held, text = text.tensor_split([min(HELD_OUT, len(text) // 10)])
+    parts = [part for *parts, _ in further for part in parts]
+    return held, torch.cat((text, *parts)), len(text), [sha256, *(sha for *_, sha in further)]
+
+
+def draw_windows(text, first: int, share: float, rows: int, T: int, generator):
+    """Random windows x_0 (rows, T) of a text, a share of them from its `first` characters."""
+    device, N = text.device, len(text)
+    from_first = torch.rand(rows, generator=generator, device=device) < share
+    starts = torch.randint(first - T + 1, (rows,), generator=generator, device=device)
+    if first < N:
+        further = torch.randint(first, N - T + 1, (rows,), generator=generator, device=device)
+        starts = torch.where(from_first, starts, further)
+    return text[starts[:, None] + torch.arange(T, device=device)].long()
+
+
+def batch_loss(teachers: list, network, x_0):
+    """Cross-entropy of the text, or half of it and half with the teachers' mean probabilities."""
+    log_p = next_log_p(network, x_0)                                # (B, T, V)
+    nll = nll_of(log_p, x_0).mean()
+    if not teachers:
+        return nll
+    with torch.no_grad():
+        log_q = average([next_log_p(teacher, x_0) for teacher in teachers])
+    soft = distilled_nll(log_p, log_q, torch.ones_like(x_0, dtype=torch.bool)).mean()
+    return TEACHER_SHARE * soft + (1 - TEACHER_SHARE) * nll
+
+
+def saved_run(path: Path, settings: dict) -> dict:
+    """The state in `path`. Raises BadInput for a run with other settings."""
+    state = read_checkpoint(path)
+    for name, value in settings.items():
+        if (before := state["meta"].get(name)) != value:
+            raise BadInput(f"{path} holds a run with {name} {before}, not {value}: give its "
+                           "settings, or delete it")
+    return state
+
+
+def learn(model, network, settings: dict, draw_batch, loss_of, held, path: Path) -> None:
+    """A run from random weights, or from its state, to the file X.pt with the best weights."""
+    state_path = path.with_suffix(".state.pt")
+    torch.manual_seed(settings["seed"])
+    model.init_weights()
+    optimizers = make_optimizers(model, settings["learning_rate"], settings["weight_decay"])
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(settings["seed"])
+    step, best = 0, {"held_nll": math.inf}
+    if state_path.exists():
+        state = saved_run(state_path, settings)
+        model.load_state_dict(state["model"])
+        for optimizer, contents in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(contents)
+        generator.set_state(state["generator"])
+        step, best = state["step"], state["best"]
+    saved, steps = time.perf_counter(), settings["steps"]
     while True:
-        minutes = (time.perf_counter() - started) / 60
-        progress = step / args.steps if args.steps else minutes / args.max_minutes
-        if step and (step % args.eval_interval == 0 or progress >= 1):
+        if step == steps or step and step % EVAL_INTERVAL == 0:
             held_nll = nats([model], held)
-            say(f"step {step}: {held_nll:.4f} held-out nats per character")
-            if held_nll < best:
-                best = held_nll
-                meta = {"step": step, "held_nll": held_nll, "val_nll": nats([model], val),
-                        "corpus_sha256": corpus_sha256, "seed": args.seed, "causal": True,
-                        "weight_decay": args.weight_decay, "batch_size": args.batch_size}
-                save_weights(model, meta, args.weights)
-        if progress >= 1:
+            warn(f"{path.name}, step {step}: {held_nll:.4f} nats per held-out character")
+            if held_nll < best["held_nll"]:
+                weights = model.state_dict().items()
+                best = {"held_nll": held_nll, "step": step,
+                        "model": {name: x.to("cpu", torch.bfloat16) for name, x in weights}}
+        if step == steps:
             break
-        starts = torch.randint(len(text) - config.sequence_len + 1, (args.batch_size, 1))
-        x_0 = text[starts + torch.arange(config.sequence_len)].long().to(device)
-        nll_of(next_log_p(network, x_0), x_0).mean().backward()
-        update(model, optimizers, learning_rate_factor(progress, decay=0.5))
+        if time.perf_counter() - saved > SAVE_SECONDS:
+            with replacing(state_path) as file:
+                torch.save({
+                    "model": model.state_dict(), "config": asdict(model.config), "meta": settings,
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "generator": generator.get_state(), "step": step, "best": best,
+                }, file)
+            saved = time.perf_counter()
+        loss_of(network, draw_batch(generator)).backward()
+        update(model, optimizers, learning_rate_factor(step / steps, settings["decay"]))
         step += 1
-    meta = read_checkpoint(args.weights)["meta"]
-    print(f"{step} steps, {step * args.batch_size * config.sequence_len} characters; "
-          f"{args.weights} has {meta['val_nll']:.4f} nats per validation character (exact)")
+    model.load_state_dict(best.pop("model"))
+    if moved := move_aside(path):
+        warn(f"{path} is {moved} now")
+    save_weights(model, {**settings, **best, "causal": True}, path)
+    state_path.unlink(missing_ok=True)
+    print(f"{path}: {best['held_nll']:.4f} nats per held-out character, at step {best['step']}")
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """A twin for each seed. All of them use one network, which is compiled once."""
+    config = DiffusionConfig(**{size: getattr(args, size) for size in SIZES})
+    held, text, first, sha256 = load_texts(args.data, config)
+    model = make_causal(DiffusionTransformer(config).to(device))
+    teachers = [make_causal(load_weights(path, device)[0]) for path in args.teachers]
+    network, B, T = model, args.batch_size, config.sequence_len
+    if not args.no_compile:
+        network = compiled(model, B)
+        teachers = [compiled(teacher, B, learns=False) for teacher in teachers]
+    share = first / len(text) if args.first_share is None else args.first_share
+    draw_batch = partial(draw_windows, text.to(device), first, share, B, T)
+    settings = {
+        "texts": sha256, "corpus_sha256": sha256[0], "first_share": share, "batch_size": B,
+        "teachers": [path.name for path in args.teachers], "steps": -(-args.characters // (B * T)),
+        "learning_rate": args.learning_rate, "decay": args.decay, "weight_decay": args.weight_decay,
+    }
+    args.weights.parent.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        path = Path(str(args.weights).replace("{seed}", str(seed)))
+        learn(model, network, {"seed": seed, **settings}, draw_batch, partial(batch_loss, teachers),
+              held, path)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
-    add = parser.add_argument
-    add("--max-minutes", type=number(float, 1e-3), default=17, help="train for this long")
-    add("--steps", type=COUNT, help="optimizer steps, instead of --max-minutes")
+    add = parser.add_argument_group("files").add_argument
+    add("--weights", type=Path, default=TWIN_WEIGHTS, metavar="FILE",
+        help="file to write, X.pt; {seed} in its name stands for the seed")
+    add("--data", nargs="+", default=[str(DEFAULT_DATA)], metavar="TEXT",
+        help="training text, whose last 10%% is not read; all of any further texts is learned")
+    add("--first-share", type=number(float, 0, 1), help="share of the sequences that come from the "
+        "first text (default: by length)")
+    add("--teachers", type=Path, nargs="+", default=[], metavar="WEIGHTS",
+        help="learn the mean probabilities of these GPT twins too")
+    add = parser.add_argument_group("network and optimization").add_argument
+    for size in SIZES:
+        add("--" + size.replace("_", "-"), type=int, default=getattr(DiffusionConfig, size),
+            help="see DiffusionConfig")
+    add("--characters", type=COUNT, default=7_500_000, help="to train on; a twin overfits after "
+        "some ten million characters of the one text")
     add("--batch-size", type=COUNT, default=32, help="sequences per step")
-    add("--weight-decay", type=number(float, 0), default=0.0, help="of the block matrices")
-    add("--eval-interval", type=COUNT, default=100, help="steps between evaluations")
-    add("--weights", type=Path, default=TWIN_WEIGHTS, help="file to write")
-    add("--write", metavar="N", type=COUNT, help="print at least N characters "
-        "instead of training")
-    add("--temperature", type=TEMPERATURE, default=1.0, help="of the written text")
-    add("--fit", action="store_true", help="print the temperature at which the held-out characters "
-        "are likeliest, instead of training")
+    add("--learning-rate", type=number(float, 1e-12), default=0.02,
+        help="peak for the block matrices")
+    add("--decay", type=number(float, 0, 1), default=0.5,
+        help="share of the run in which the learning rate falls to zero")
+    add("--weight-decay", type=number(float, 0), default=0.3, help="of the block matrices")
+    add("--seeds", type=SEED, nargs="+", default=[1337], help="a twin for each; or of the writing")
+    add = parser.add_argument_group("writing").add_argument
+    add("--write", type=COUNT, metavar="N", help="write N characters or more instead of training")
+    add("--out", type=Path, help="file for them")
     add("--twins", type=Path, nargs="+", default=[TWIN_WEIGHTS], metavar="WEIGHTS",
-        help="the GPT twins that --write and --fit use, as an ensemble")
-    add("--seed", type=SEED, default=1337, help="random seed")
+        help="the twins that write, as an ensemble")
+    add("--streams", type=COUNT, default=192, help="texts that grow at once; 4096 on a large GPU")
+    add = parser.add_argument_group("running").add_argument
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
+    add("--no-compile", action="store_true", help="without torch.compile, which takes a minute")
     args = parser.parse_args(argv)
+    if args.write and not args.out:
+        raise BadInput("--write needs --out FILE")
+    if not args.write and (args.weights.suffix != ".pt" or args.weights.name.endswith(".state.pt")):
+        raise BadInput(f"--weights {args.weights}: has to be a file X.pt, and not X.state.pt")
+    if not args.write and len(args.seeds) > 1 and "{seed}" not in args.weights.name:
+        raise BadInput("several --seeds need a --weights FILE with {seed} in its name")
     device = pick_device(args.device)
-    if not (args.write or args.fit):
-        return train(args, device)
-    twins = [make_causal(load_for_sampling(path, device)) for path in args.twins]
-    if args.fit:
-        text, _, _ = load_corpus(DEFAULT_DATA, twins[0].config)
-        fitted = fit_temperature(twins, text[:HELD_OUT])
-        t = min(fitted, key=fitted.get)
-        print(f"temperature {t}: {fitted[t]:.4f} nats per held-out character, "
-              f"{fitted[1.0]:.4f} at temperature 1")
     if args.write:
-        print(write(twins, args.write, args.temperature, args.seed))
+        return write_text(args, device)
+    train(args, device)
 
 
 if __name__ == "__main__":
-    start(main)
+    run(main)
