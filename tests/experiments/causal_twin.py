@@ -48,7 +48,7 @@ from training import (
 TWIN_WEIGHTS = ROOT / "weights" / "causal_twin.pt"
 EVAL_INTERVAL = 50  # steps between evaluations on the held-out characters
 SAVE_SECONDS = 60   # between saves of the state
-REACH = 64          # attention reads a multiple of so many kept keys: four shapes for 256 positions
+REACH = {"cuda": 64}  # kept keys that attention reads are a multiple of this: four shapes for 256
 
 # Every query attends only to the keys up to its own position
 causal = partial(F.scaled_dot_product_attention, is_causal=True)
@@ -109,38 +109,40 @@ class Place:
     """Where the newest characters stand, which all blocks of all twins share."""
 
     length: int                             # positions that are kept in the end
+    stop: int = 0                           # positions that are kept so far
     position: torch.Tensor | None = None    # (T,) of the newest characters
-    readable: torch.Tensor | None = None    # (T, reach) which kept keys each of them attends to
+    reach: int = 0                          # kept keys that attention reads
+    readable: torch.Tensor | None = None    # (T, reach) those that each attends to; None: all
 
-    def move(self, T: int, device) -> None:
+    def move(self, T: int, device: torch.device) -> None:
         """On to the next T characters."""
-        begin = 0 if self.position is None else self.stop
-        self.stop = begin + T
-        self.position = torch.arange(begin, self.stop, device=device)
-        reach = -(-self.stop // REACH) * REACH
-        self.readable = torch.arange(reach, device=device) <= self.position[:, None]
+        multiple = REACH.get(device.type, 1)
+        self.position = torch.arange(self.stop, self.stop + T, device=device)
+        self.stop += T
+        self.reach = min(self.length, math.ceil(self.stop / multiple) * multiple)
+        self.readable = None
+        if T > 1 or multiple > 1:
+            self.readable = torch.arange(self.reach, device=device) <= self.position[:, None]
 
 
 class KeptKeys:
     """Causal attention of one transformer block. It keeps the keys and values of all earlier
-    positions, so that a network call needs only the new ones. A GPU sees four shapes only."""
+    positions, so that a network call needs only the new ones."""
 
     def __init__(self, place: Place):
-        self.place, self.kept = place, None
+        self.place = place
 
     def __call__(self, q, k, v):
-        position, readable = self.place.position, self.place.readable
-        if self.kept is None:
+        place = self.place
+        if place.stop == k.size(2):  # the first call
             B, H, _, D = k.shape
-            length = -(-self.place.length // REACH) * REACH
             # A CPU needs twice as long for a single query in bfloat16
             dtype = torch.bfloat16 if k.is_cuda else torch.float32
-            self.kept = torch.zeros(2, B, H, length, D, dtype=dtype, device=k.device)
-        keys, values = self.kept
-        keys.index_copy_(2, position, k.to(keys.dtype))
-        values.index_copy_(2, position, v.to(keys.dtype))
-        keys, values = (x[:, :, : readable.size(1)] for x in self.kept)
-        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=readable)
+            self.kept = torch.zeros(2, B, H, place.length, D, dtype=dtype, device=k.device)
+        for kept, new in zip(self.kept, (k, v), strict=True):
+            kept.index_copy_(2, place.position, new.to(kept.dtype))
+        keys, values = self.kept[:, :, :, : place.reach]
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, place.readable)
         return y.to(q.dtype)
 
 
@@ -160,7 +162,7 @@ def continue_causally(twins: list[DiffusionTransformer], x, length: int, tempera
     """The ids x (B, T) and `length` more, (B, T + length), at most sequence_len in all. After the
     first network call, each needs only the newest character. Several twins write as an ensemble."""
     mask_token_id, end = twins[0].config.mask_token_id, x.size(1) + length
-    place = Place(end)
+    place = Place(length=end)
     for twin in twins:
         for block in twin.blocks:
             block.attn.attend = KeptKeys(place)
