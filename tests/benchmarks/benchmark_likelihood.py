@@ -1,8 +1,8 @@
 """How likely is the validation split to diffusion models and to GPT twins, on the same windows?
 
     uv run tests/benchmarks/benchmark_likelihood.py --measures bounds      # the shipped weights
-    uv run tests/benchmarks/benchmark_likelihood.py weights/make/gpt_student.pt \
-        weights/make/student.pt weights/make/twin_0.pt+weights/make/twin_1.pt \
+    uv run tests/benchmarks/benchmark_likelihood.py weights/make/student.pt \
+        weights/make/gpt_student.pt weights/make/twin_0.pt+weights/make/twin_1.pt \
         --csv weights/make/likelihood.csv
 
 Every window of 256 characters is scored without context, in nats per character. A diffusion model
@@ -20,8 +20,9 @@ and a GPT twin (causal_twin.py), or several joined by +, whose probabilities are
 
     exact                   each character from those before it
 
-All standard errors are over windows; the differences to the first row are paired. --csv keeps the
-nats of every window, and what stands there is not computed again.
+All standard errors are over windows. A row is compared with the first model, bound with bound and
+exact with exact, in pairs of windows. --csv keeps the nats of every window, and what stands there
+is not computed again.
 """
 
 import os
@@ -51,6 +52,7 @@ from training import HELD_OUT
 
 ROWS = 64     # sequences of a network call
 ALL = 10**9   # windows at a time
+EXACT = {"exact", "left to right"}  # measures of a GPT and of a diffusion model that are alike
 
 
 def predict(model: DiffusionTransformer, x_0: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -173,13 +175,51 @@ def measured(row: str, models: list[DiffusionTransformer], x_0, protocol: str, k
             yield key[1], torch.tensor([kept.nats[(*key, i)] for i in range(N)])
 
 
+@torch.inference_mode()
+def score(args: argparse.Namespace) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
+    """The protocol, and for each row the nats (N,) of its measures. Raises BadInput for models with
+    windows of different lengths."""
+    device, kept, table, protocol = pick_device(args.device), Kept(args.csv), {}, None
+    for row in args.rows:
+        models = [load_for_sampling(path, device) for path in row.split("+")]
+        config = models[0].config
+        text, val, sha256 = load_corpus(args.data, config)
+        if args.held_out:
+            val = text[: min(HELD_OUT, len(text) // 10)]
+        windows = args.windows or math.ceil(len(val) / config.sequence_len)
+        own = (f"{windows} {'held-out' if args.held_out else 'validation'} windows of "
+               f"{config.sequence_len}, text {sha256:.8}, {args.draws} draws, seed {args.seed}, "
+               f"{device.type}")
+        if own != (protocol := protocol or own):
+            raise BadInput(f"{row}: {own}; the first row has {protocol}")
+        x_0 = spaced_windows(val, config.sequence_len, windows).to(device)
+        table[row] = dict(measured(row, models, x_0, protocol, kept, args))
+    return protocol, table
+
+
 def label(row: str) -> str:
     """The names of the files, without folders; of many, the first and their number."""
     stems = [Path(path).stem for path in row.split("+")]
     return stems[0] if len(stems) == 1 else f"{stems[0]} and {len(stems) - 1} more"
 
 
-@torch.inference_mode()
+def show(table: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Every row with its difference to the first model: bound to bound, exact to exact. The first
+    model's own measures are compared with its first."""
+    print("| model | measure | nats per character | bits | difference |\n|---|---|---|---|---|")
+    reference = next(iter(table.values()))
+    first = next(iter(reference.values()))
+    for row, measures in table.items():
+        for name, nats in measures.items():
+            alike = EXACT if name in EXACT else {name}
+            found = [reference[other] for other in reference.keys() & alike]
+            gap = nats - (found[0] if found and measures is not reference else first)
+            root = math.sqrt(len(nats))
+            print(f"| {label(row)} | {name} | {nats.mean():.4f} ± {nats.std() / root:.4f} | "
+                  f"{nats.mean() / math.log(2):.4f} | "
+                  f"{gap.mean():+.4f} ± {gap.std() / root:.4f} |")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__)
     add = parser.add_argument
@@ -197,30 +237,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--csv", type=Path, help="file that keeps the nats of every window")
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     args = parser.parse_args(argv)
-    device, kept, table, protocols = pick_device(args.device), Kept(args.csv), [], set()
-    for row in args.rows:
-        models = [load_for_sampling(path, device) for path in row.split("+")]
-        config = models[0].config
-        text, val, sha256 = load_corpus(args.data, config)
-        if args.held_out:
-            val = text[: min(HELD_OUT, len(text) // 10)]
-        windows = args.windows or math.ceil(len(val) / config.sequence_len)
-        x_0 = spaced_windows(val, config.sequence_len, windows).to(device)
-        split = "held-out" if args.held_out else "validation"
-        protocol = (f"{windows} {split} windows of {config.sequence_len}, text {sha256:.8}, "
-                    f"{args.draws} draws, seed {args.seed}, {device.type}")
-        protocols.add(protocol)
-        if len(protocols) > 1:
-            raise BadInput(f"{row}: its windows are not those of {args.rows[0]}")
-        for name, nats in measured(row, models, x_0, protocol, kept, args):
-            table.append((f"{label(row)} | {name}", nats))
-    print(f"{protocol}, {torch.get_num_threads()} threads\n\n"
-          f"| | measure | nats per character | bits | difference to the first row |\n"
-          "|---|---|---|---|---|")
-    for name, nats in table:
-        gap, root = nats - table[0][1], math.sqrt(len(nats))
-        print(f"| {name} | {nats.mean():.4f} ± {nats.std() / root:.4f} | "
-              f"{nats.mean() / math.log(2):.4f} | {gap.mean():+.4f} ± {gap.std() / root:.4f} |")
+    protocol, table = score(args)
+    print(f"{protocol}, {torch.get_num_threads()} threads\n")
+    show(table)
 
 
 if __name__ == "__main__":
