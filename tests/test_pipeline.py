@@ -18,12 +18,10 @@ import causal_twin
 import pytest
 import torch
 from causal_twin import continue_causally, make_causal, next_log_p, nll_of
-from conftest import ROOT, TableModel, forks, random_model
+from conftest import ROOT, SIZES, TableModel, forks, random_model
 
 from model import DEFAULT_DATA, DiffusionConfig, load_weights, nelbo, save_weights
 from sample import draw
-
-SMALL = "--n-layer 1 --n-head 1 --n-embd 16 --sequence-len 32 --context-len 4 --no-compile".split()
 
 
 def seeded(seed):
@@ -170,9 +168,9 @@ def twin(command, folder, *arguments, seeds=(0,), text=None):
     if text is None:
         text = DEFAULT_DATA.read_text()[:3000]
     (folder / "text.txt").write_text(text)
-    trained = command(causal_twin.main, "--data", folder / "text.txt", *arguments, *SMALL,
+    trained = command(causal_twin.main, "--data", folder / "text.txt", *arguments, *SIZES,
                       "--weights", folder / "twin_{seed}.pt", "--seeds", *seeds,
-                      "--characters", 1280, "--batch-size", 4)
+                      "--characters", 1280, "--batch-size", 4, "--no-compile")
     assert trained.returncode == 0, trained.stderr
     return load_weights(folder / f"twin_{seeds[-1]}.pt")
 

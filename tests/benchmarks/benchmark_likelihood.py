@@ -44,11 +44,11 @@ from tqdm import trange
 
 from model import (
     COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, BadInput, CommandLine, DiffusionTransformer,
-    load_corpus, masked_count_weights, masked_nll, noise_index, number, pick_device,
-    read_checkpoint, run, spaced_windows,
+    masked_count_weights, masked_nll, noise_index, number, pick_device,
+    read_checkpoint, spaced_windows, start,
 )
 from sample import load_for_sampling
-from training import HELD_OUT
+from training import read_texts
 
 ROWS = 64     # sequences of a network call
 ALL = 10**9   # windows at a time
@@ -184,16 +184,15 @@ def score(args: argparse.Namespace) -> tuple[str, dict[str, dict[str, torch.Tens
     for row in args.rows:
         models = [load_for_sampling(path, device) for path in row.split("+")]
         config = models[0].config
-        text, val, sha256 = load_corpus(args.data, config)
-        if args.held_out:
-            val = text[: min(HELD_OUT, len(text) // 10)]
-        windows = args.windows or math.ceil(len(val) / config.sequence_len)
-        own = (f"{windows} {'held-out' if args.held_out else 'validation'} windows of "
-               f"{config.sequence_len}, text {sha256:.8}, {args.draws} draws, seed {args.seed}, "
-               f"{device.type}")
+        texts = read_texts([args.data], config)
+        ids = texts.held if args.held_out else texts.val
+        windows = args.windows or math.ceil(len(ids) / config.sequence_len)
+        split, [sha256] = "held-out" if args.held_out else "validation", texts.sha256
+        own = (f"{windows} {split} windows of {config.sequence_len}, text {sha256:.8}, "
+               f"{args.draws} draws, seed {args.seed}, {device.type}")
         if own != (protocol := protocol or own):
             raise BadInput(f"{row}: {own}; the first row has {protocol}")
-        x_0 = spaced_windows(val, config.sequence_len, windows).to(device)
+        x_0 = spaced_windows(ids, config.sequence_len, windows).to(device)
         table[row] = dict(measured(row, models, x_0, protocol, kept, args))
     return protocol, table
 
@@ -244,4 +243,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -36,13 +36,13 @@ from tqdm import trange
 
 from model import (
     COUNT, DEFAULT_DATA, ROOT, SEED, BadInput, CommandLine, DiffusionConfig, DiffusionTransformer,
-    autocast, decode_tokens, load_corpus, load_weights, move_aside, number, pick_device,
-    read_checkpoint, replacing, run, save_weights, warn,
+    autocast, bfloat16_state, decode_tokens, load_weights, number, pick_device, read_checkpoint,
+    replacing, save_weights, say, start,
 )
 from sample import draw, load_for_sampling
 from training import (
-    HELD_OUT, SIZES, TEACHER_SHARE, compiled, distilled_nll, learning_rate_factor, make_optimizers,
-    update,
+    SIZES, TEACHER_SHARE, Run, claimed, compiled, distilled_nll, draw_starts, learning_rate_factor,
+    make_optimizers, read_texts, start_processes, state_beside, update,
 )
 
 TWIN_WEIGHTS = ROOT / "weights" / "causal_twin.pt"
@@ -192,14 +192,15 @@ def write(twins: list[DiffusionTransformer], num_characters: int, temperature: f
     return "\n".join(decode_tokens(row) for row in x)
 
 
-def write_text(args: argparse.Namespace, device: torch.device) -> None:
+def write_text(args: argparse.Namespace) -> None:
     """Writes --out as the ensemble of --twins, at the temperature that suits the held-out text."""
+    device = pick_device(args.device)
     twins = [make_causal(load_for_sampling(path, device)) for path in args.twins]
-    held, *_ = load_texts(args.data[:1], twins[0].config)
+    held = read_texts(args.data[:1], twins[0].config).held
     alone = [nats([twin], held) for twin in twins]
     fitted = fit_temperature(twins, held)
     t = min(fitted, key=fitted.get)
-    warn(f"nats per held-out character: each twin {', '.join(f'{x:.4f}' for x in alone)}; their "
+    say(f"nats per held-out character: each twin {', '.join(f'{x:.4f}' for x in alone)}; their "
          f"ensemble {fitted[1.0]:.4f}, at temperature {t} {fitted[t]:.4f}")
     started = time.perf_counter()
     text = write(twins, args.write, t, args.seeds[0], args.streams)
@@ -213,23 +214,10 @@ def write_text(args: argparse.Namespace, device: torch.device) -> None:
 # Training -----------------------------------------------------------------------------------------
 
 
-def load_texts(paths: list[str], config: DiffusionConfig):
-    """The held-out slice, the text that is learned (all of the further ones), how many of its
-    characters come from the first file, and the files' SHA-256."""
-    (text, _, sha256), *further = [load_corpus(path, config) for path in paths]
-    held, text = text.tensor_split([min(HELD_OUT, len(text) // 10)])
-    parts = [part for *parts, _ in further for part in parts]
-    return held, torch.cat((text, *parts)), len(text), [sha256, *(sha for *_, sha in further)]
-
-
-def draw_windows(text, first: int, share: float, rows: int, T: int, generator):
-    """Random windows x_0 (rows, T) of a text, a share of them from its `first` characters."""
-    device, N = text.device, len(text)
-    from_first = torch.rand(rows, generator=generator, device=device) < share
-    starts = torch.randint(first - T + 1, (rows,), generator=generator, device=device)
-    if first < N:
-        further = torch.randint(first, N - T + 1, (rows,), generator=generator, device=device)
-        starts = torch.where(from_first, starts, further)
+def draw_windows(text, first_len: int, first_share: float | None, B: int, T: int, generator):
+    """Random windows x_0 (B, T), some of them in the first `first_len` characters of the text."""
+    device = text.device
+    starts = draw_starts(len(text), T, B, generator, device, first_len, first_share)
     return text[starts[:, None] + torch.arange(T, device=device)].long()
 
 
@@ -245,83 +233,75 @@ def batch_loss(teachers: list, network, x_0):
     return TEACHER_SHARE * soft + (1 - TEACHER_SHARE) * nll
 
 
-def saved_run(path: Path, settings: dict) -> dict:
-    """The state in `path`. Raises BadInput for a run with other settings."""
-    state = read_checkpoint(path)
+def restore(run: Run, state_path: Path, settings: dict) -> None:
+    """Continues a saved run. Raises BadInput for one with other settings."""
+    state = read_checkpoint(state_path)
     for name, value in settings.items():
         if (before := state["meta"].get(name)) != value:
-            raise BadInput(f"{path} holds a run with {name} {before}, not {value}: give its "
+            raise BadInput(f"{state_path} holds a run with {name} {before}, not {value}: give its "
                            "settings, or delete it")
-    return state
+    run.restore(state)
 
 
-def learn(model, network, settings: dict, draw_batch, loss_of, held, path: Path) -> None:
-    """A run from random weights, or from its state, to the file X.pt with the best weights."""
-    state_path = path.with_suffix(".state.pt")
-    torch.manual_seed(settings["seed"])
-    model.init_weights()
-    optimizers = make_optimizers(model, settings["learning_rate"], settings["weight_decay"])
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(settings["seed"])
-    step, best = 0, {"held_nll": math.inf}
-    if state_path.exists():
-        state = saved_run(state_path, settings)
-        model.load_state_dict(state["model"])
-        for optimizer, contents in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(contents)
-        generator.set_state(state["generator"])
-        step, best = state["step"], state["best"]
-    saved, steps = time.perf_counter(), settings["steps"]
+def learn(run: Run, network, settings: dict, draw_batch, loss_of, held, path: Path) -> None:
+    """The run, to its end and the file of its best weights."""
+    state_path, steps = state_beside(path), settings["steps"]
+    saved = time.perf_counter()
     while True:
-        if step == steps or step and step % EVAL_INTERVAL == 0:
-            held_nll = nats([model], held)
-            warn(f"{path.name}, step {step}: {held_nll:.4f} nats per held-out character")
-            if held_nll < best["held_nll"]:
-                weights = model.state_dict().items()
-                best = {"held_nll": held_nll, "step": step,
-                        "model": {name: x.to("cpu", torch.bfloat16) for name, x in weights}}
-        if step == steps:
+        if run.step == steps or run.step and run.step % EVAL_INTERVAL == 0:
+            row = {"step": run.step, "held_nll": nats([run.model], held)}
+            say(f"{path.name}, step {run.step}: {row['held_nll']:.4f} nats per held-out character")
+            if not run.best or row["held_nll"] < run.best["row"]["held_nll"]:
+                run.best = {"row": row, "model": bfloat16_state(run.model)}
+        if run.step == steps:
             break
         if time.perf_counter() - saved > SAVE_SECONDS:
+            contents = {**run.state(), "config": asdict(run.model.config), "meta": settings}
             with replacing(state_path) as file:
-                torch.save({
-                    "model": model.state_dict(), "config": asdict(model.config), "meta": settings,
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "generator": generator.get_state(), "step": step, "best": best,
-                }, file)
+                torch.save(contents, file)
             saved = time.perf_counter()
-        loss_of(network, draw_batch(generator)).backward()
-        update(model, optimizers, learning_rate_factor(step / steps, settings["decay"]))
-        step += 1
-    model.load_state_dict(best.pop("model"))
-    if moved := move_aside(path):
-        warn(f"{path} is {moved} now")
-    save_weights(model, {**settings, **best, "causal": True}, path)
-    state_path.unlink(missing_ok=True)
-    print(f"{path}: {best['held_nll']:.4f} nats per held-out character, at step {best['step']}")
+        loss_of(network, draw_batch(run.generator)).backward()
+        factor = learning_rate_factor(run.step / steps, settings["decay"])
+        update(run.model, run.optimizers, factor)
+        run.step += 1
+    run.model.load_state_dict(run.best["model"])
+    if aside := save_weights(run.model, {**settings, **run.best["row"], "causal": True}, path):
+        print(f"{path} is {aside.name} now")
+    state_path.unlink()
+    row = run.best["row"]
+    print(f"{path}: {row['held_nll']:.4f} nats per held-out character, at step {row['step']}")
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
+def train(args: argparse.Namespace) -> None:
     """A twin for each seed. All of them use one network, which is compiled once."""
+    _, _, device = start_processes(args)
     config = DiffusionConfig(**{size: getattr(args, size) for size in SIZES})
-    held, text, first, sha256 = load_texts(args.data, config)
+    texts = read_texts(args.data, config)
     model = make_causal(DiffusionTransformer(config).to(device))
     teachers = [make_causal(load_weights(path, device)[0]) for path in args.teachers]
     network, B, T = model, args.batch_size, config.sequence_len
     if not args.no_compile:
         network = compiled(model, B)
         teachers = [compiled(teacher, B, learns=False) for teacher in teachers]
-    share = first / len(text) if args.first_share is None else args.first_share
-    draw_batch = partial(draw_windows, text.to(device), first, share, B, T)
-    settings = {
-        "texts": sha256, "corpus_sha256": sha256[0], "first_share": share, "batch_size": B,
-        "teachers": [path.name for path in args.teachers], "steps": -(-args.characters // (B * T)),
-        "learning_rate": args.learning_rate, "decay": args.decay, "weight_decay": args.weight_decay,
-    }
-    args.weights.parent.mkdir(parents=True, exist_ok=True)
+    draw_batch = partial(draw_windows, texts.learned.to(device), texts.first_len, args.first_share,
+                         B, T)
     for seed in args.seeds:
+        settings = {
+            "seed": seed, "texts": texts.sha256, "corpus_sha256": texts.sha256[0], "batch_size": B,
+            "first_share": args.first_share, "teachers": [path.name for path in args.teachers],
+            "steps": math.ceil(args.characters / (B * T)), "learning_rate": args.learning_rate,
+            "decay": args.decay, "weight_decay": args.weight_decay,
+        }
         path = Path(str(args.weights).replace("{seed}", str(seed)))
-        learn(model, network, {"seed": seed, **settings}, draw_batch, partial(batch_loss, teachers),
-              held, path)
+        torch.manual_seed(seed)
+        model.init_weights()
+        optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
+        run = Run(model, optimizers, torch.Generator(device).manual_seed(seed))
+        with claimed(path, resume=True):
+            if state_beside(path).stat().st_size:
+                restore(run, state_beside(path), settings)
+            learn(run, network, settings, draw_batch, partial(batch_loss, teachers), texts.held,
+                  path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -332,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", nargs="+", default=[str(DEFAULT_DATA)], metavar="TEXT",
         help="training text, whose last 10%% is not read; all of any further texts is learned")
     add("--first-share", type=number(float, 0, 1), help="share of the sequences that come from the "
-        "first text (default: by length)")
+        "first text (without it, every text counts by its length)")
     add("--teachers", type=Path, nargs="+", default=[], metavar="WEIGHTS",
         help="learn the mean probabilities of these GPT twins too")
     add = parser.add_argument_group("network and optimization").add_argument
@@ -360,15 +340,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.write and not args.out:
         raise BadInput("--write needs --out FILE")
-    if not args.write and (args.weights.suffix != ".pt" or args.weights.name.endswith(".state.pt")):
-        raise BadInput(f"--weights {args.weights}: has to be a file X.pt, and not X.state.pt")
     if not args.write and len(args.seeds) > 1 and "{seed}" not in args.weights.name:
         raise BadInput("several --seeds need a --weights FILE with {seed} in its name")
-    device = pick_device(args.device)
     if args.write:
-        return write_text(args, device)
-    train(args, device)
+        return write_text(args)
+    train(args)
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)
