@@ -290,9 +290,9 @@ class Make:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
 
-    def serve(self, until):
-        """Answers its commands until it ends, or a file stands there."""
-        while self.process.poll() is None and not until.exists():
+    def serve(self, until=lambda: False):
+        """Answers its commands until it ends."""
+        while self.process.poll() is None and not until():
             if not (self.folder / "asked").exists():
                 time.sleep(0.02)
                 continue
@@ -309,13 +309,13 @@ class Make:
 def test_make_goes_from_the_corpus_to_the_table_and_continues_after_a_stop(tmp_path):
     results, state = tmp_path / "results", tmp_path / "results" / "student.state.pt"
     stopped = Make(tmp_path, real="results/student.pt --")
-    stopped.serve(until=state)
+    stopped.serve(until=lambda: state.exists() and state.stat().st_size)
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.process.wait(60) == 143
-    assert state.exists() and not (results / "student.pt").exists()
+    assert state.stat().st_size and not (results / "student.pt").exists()
 
     continued = Make(tmp_path)
-    continued.serve(until=tmp_path / "never")
+    continued.serve()
     printed = continued.process.stdout.read()
     assert continued.process.returncode == 0, printed
     assert [Path(words[2]).stem for words in continued.asked if "--weights" in words] == [

@@ -13,20 +13,25 @@
 # the comparison with the shipped weights, at the end, is left to the reader.
 set -euo pipefail
 
+window=256 network=(--sequence-len 256)
 case ${1:-} in
 gpu)
     seeds=(0 1 2 3 4) twin=(--characters 7400000 --batch-size 64)
     pieces=1 fresh=12600000 streams=4096
-    batch=128 teacher=100000000 student=350000000 gpt=60000000 plain=50000000 network=(--n-layer 6) ;;
+    teacher=100000000 student=350000000 gpt=60000000 plain=50000000
+    batch=128 interval=500 ;;
 cpu)
     seeds=(0 1 2) twin=(--characters 5500000)
     pieces=4 fresh=500000 streams=192
-    batch=64 teacher=0 student=180000000 gpt=10000000 plain=10000000 network=(--n-layer 6) ;;
+    teacher=0 student=180000000 gpt=10000000 plain=10000000
+    batch=64 interval=250 ;;
 test)
     seeds=(0 1) twin=(--characters 1600 --batch-size 8)
     pieces=1 fresh=1000 streams=4
-    batch=16 teacher=5120 student=5120 gpt=1600 plain=5120
-    network=(--n-layer 1 --n-head 1 --n-embd 16 --sequence-len 32 --context-len 4 --no-compile) ;;
+    teacher=5120 student=20480 gpt=1600 plain=5120
+    batch=16 interval=4
+    window=32 network=(--sequence-len 32 --context-len 4 --n-layer 1 --n-head 1 --n-embd 16
+                       --no-compile) ;;
 *)
     echo "usage: bash weights/make.sh gpu|cpu|test [FOLDER]" >&2
     exit 2 ;;
@@ -39,9 +44,9 @@ folder=$(cd "${2:-$(dirname "$0")/make}" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$(uv run python -c 'import sys; print(sys.executable)')}
 gpt_script=tests/experiments/causal_twin.py
-text=data/tiny_shakespeare.txt shipped=weights/diffusion_model.pt window=256
+text=data/tiny_shakespeare.txt shipped=weights/diffusion_model.pt
 if [ "$1" = test ]; then
-    text=$folder/text.txt shipped=$folder/plain.pt window=32
+    text=$folder/text.txt shipped=$folder/plain.pt
     [ -e "$text" ] || head -c 8000 data/tiny_shakespeare.txt > "$text"
 fi
 
@@ -96,8 +101,8 @@ stage() {  # "RESULTS" COMMAND...; what a command prints is its result, if it wr
 
 diffusion() {  # NAME CHARACTERS FLAGS...
     local flags=("${@:3}" "${recipe[@]}" "${network[@]}" --batch-size $batch
-                 --steps $(($2 / batch / window)))
-    [ ! -e "$folder/$1.state.pt" ] || flags=(--resume)
+                 --steps $(($2 / batch / window)) --eval-interval $interval)
+    [ ! -s "$folder/$1.state.pt" ] || flags=(--resume)
     stage "$1.pt" "$python" training.py --weights "$folder/$1.pt" "${flags[@]}"
 }
 
