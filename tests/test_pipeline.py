@@ -232,9 +232,9 @@ def test_a_gpt_student_learns_the_mean_probabilities_of_its_teachers_beside_the_
             (q[0][b, i, v] + q[1][b, i, v]) / 2 * p[b, i, v].log() for v in range(1, 128)
         ) for b in range(2) for i in range(32)
     ]
-    loss = causal_twin.batch_loss(teachers, student, x_0)
+    loss = causal_twin.batch_loss(student, x_0, teachers)
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
-    assert causal_twin.batch_loss([], student, x_0).item() == pytest.approx(
+    assert causal_twin.batch_loss(student, x_0, []).item() == pytest.approx(
         nll_of(p.log(), x_0).mean().item(), abs=1e-5)
 
 

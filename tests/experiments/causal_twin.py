@@ -221,7 +221,7 @@ def draw_windows(text, first_len: int, first_share: float | None, B: int, T: int
     return text[starts[:, None] + torch.arange(T, device=device)].long()
 
 
-def batch_loss(teachers: list, network, x_0):
+def batch_loss(network, x_0, teachers: list):
     """Cross-entropy of the text, or half of it and half with the teachers' mean probabilities."""
     log_p = next_log_p(network, x_0)                                # (B, T, V)
     nll = nll_of(log_p, x_0).mean()
@@ -243,8 +243,8 @@ def restore(run: Run, state_path: Path, settings: dict) -> None:
     run.restore(state)
 
 
-def learn(run: Run, network, settings: dict, draw_batch, loss_of, held, path: Path) -> None:
-    """The run, to its end and the file of its best weights."""
+def learn(run: Run, settings: dict, loss, held, path: Path) -> None:
+    """The run, to its end and the file of its best weights. `loss` draws a batch."""
     state_path, steps = state_beside(path), settings["steps"]
     saved = time.perf_counter()
     while True:
@@ -260,7 +260,7 @@ def learn(run: Run, network, settings: dict, draw_batch, loss_of, held, path: Pa
             with replacing(state_path) as file:
                 torch.save(contents, file)
             saved = time.perf_counter()
-        loss_of(network, draw_batch(run.generator)).backward()
+        loss(run.generator).backward()
         factor = learning_rate_factor(run.step / steps, settings["decay"])
         update(run.model, run.optimizers, factor)
         run.step += 1
@@ -283,8 +283,12 @@ def train(args: argparse.Namespace) -> None:
     if not args.no_compile:
         network = compiled(model, B)
         teachers = [compiled(teacher, B, learns=False) for teacher in teachers]
-    draw_batch = partial(draw_windows, texts.learned.to(device), texts.first_len, args.first_share,
-                         B, T)
+    learned = texts.learned.to(device)
+
+    def loss(generator):
+        x_0 = draw_windows(learned, texts.first_len, args.first_share, B, T, generator)
+        return batch_loss(network, x_0, teachers)
+
     for seed in args.seeds:
         settings = {
             "seed": seed, "texts": texts.sha256, "corpus_sha256": texts.sha256[0], "batch_size": B,
@@ -300,8 +304,7 @@ def train(args: argparse.Namespace) -> None:
         with claimed(path, resume=True):
             if state_beside(path).stat().st_size:
                 restore(run, state_beside(path), settings)
-            learn(run, network, settings, draw_batch, partial(batch_loss, teachers), texts.held,
-                  path)
+            learn(run, settings, loss, texts.held, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -340,6 +343,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.write and not args.out:
         raise BadInput("--write needs --out FILE")
+    if args.first_share is not None and len(args.data) == 1:
+        raise BadInput(f"--first-share {args.first_share}: there is one text; --data takes more")
     if not args.write and len(args.seeds) > 1 and "{seed}" not in args.weights.name:
         raise BadInput("several --seeds need a --weights FILE with {seed} in its name")
     if args.write:
