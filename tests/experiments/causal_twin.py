@@ -24,6 +24,7 @@ import argparse
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -244,8 +245,11 @@ def restore(run: Run, state_path: Path, settings: dict) -> None:
 
 
 def learn(run: Run, settings: dict, loss, held, path: Path) -> None:
-    """The run, to its end and the file of its best weights. `loss` draws a batch."""
+    """The run, from the beginning or its state to the file of its best weights. `loss` draws a
+    batch."""
     state_path, steps = state_beside(path), settings["steps"]
+    if state_path.stat().st_size:
+        restore(run, state_path, settings)
     saved = time.perf_counter()
     while True:
         if run.step == steps or run.step and run.step % EVAL_INTERVAL == 0:
@@ -272,7 +276,7 @@ def learn(run: Run, settings: dict, loss, held, path: Path) -> None:
     print(f"{path}: {row['held_nll']:.4f} nats per held-out character, at step {row['step']}")
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, paths: list[Path]) -> None:
     """A twin for each seed. All of them use one network, which is compiled once."""
     _, _, device = start_processes(args)
     config = DiffusionConfig(**{size: getattr(args, size) for size in SIZES})
@@ -289,22 +293,18 @@ def train(args: argparse.Namespace) -> None:
         x_0 = draw_windows(learned, texts.first_len, args.first_share, B, T, generator)
         return batch_loss(network, x_0, teachers)
 
-    for seed in args.seeds:
-        settings = {
-            "seed": seed, "texts": texts.sha256, "corpus_sha256": texts.sha256[0], "batch_size": B,
-            "first_share": args.first_share, "teachers": [path.name for path in args.teachers],
-            "steps": math.ceil(args.characters / (B * T)), "learning_rate": args.learning_rate,
-            "decay": args.decay, "weight_decay": args.weight_decay,
-        }
-        path = Path(str(args.weights).replace("{seed}", str(seed)))
+    settings = {
+        "texts": texts.sha256, "corpus_sha256": texts.sha256[0], "first_share": args.first_share,
+        "teachers": [path.name for path in args.teachers], "batch_size": B,
+        "steps": math.ceil(args.characters / (B * T)), "learning_rate": args.learning_rate,
+        "decay": args.decay, "weight_decay": args.weight_decay,
+    }
+    for seed, path in zip(args.seeds, paths, strict=True):
         torch.manual_seed(seed)
         model.init_weights()
         optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
         run = Run(model, optimizers, torch.Generator(device).manual_seed(seed))
-        with claimed(path, resume=True):
-            if state_beside(path).stat().st_size:
-                restore(run, state_beside(path), settings)
-            learn(run, settings, loss, texts.held, path)
+        learn(run, {"seed": seed, **settings}, loss, texts.held, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -349,7 +349,11 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput("several --seeds need a --weights FILE with {seed} in its name")
     if args.write:
         return write_text(args)
-    train(args)
+    paths = [Path(str(args.weights).replace("{seed}", str(seed))) for seed in args.seeds]
+    with ExitStack() as claims:
+        for path in paths:
+            claims.enter_context(claimed(path, resume=True))
+        train(args, paths)
 
 
 if __name__ == "__main__":
