@@ -180,15 +180,15 @@ def equal(model, other):
     return all(torch.equal(x, other[name]) for name, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("held_out, kept_at", [("b", 1), ("a", 10)])
+@pytest.mark.parametrize("held_out, kept_at", [("ab", 1), ("aa", 10)])
 def test_the_weights_of_a_gpt_twin_are_chosen_on_text_that_it_does_not_learn(
         held_out, kept_at, command, tmp_path, monkeypatch):
-    """It learns a's. The first step has learning rate zero; from then on b's become unlikely."""
+    """It learns a's. The first step has learning rate zero; from then on a b becomes unlikely."""
     monkeypatch.setattr(causal_twin, "EVAL_INTERVAL", 1)
-    text = 270 * held_out + 2430 * "a" + 300 * "c"  # c's validate
+    text = 135 * held_out + 2430 * "a" + 300 * "c"  # c's validate
     _, meta = twin(command, tmp_path, text=text)
     assert meta["step"] == kept_at
-    if held_out == "b":
+    if held_out == "ab":
         assert meta["held_nll"] == pytest.approx(math.log(127), abs=1e-4)
 
 
