@@ -4,6 +4,7 @@
 #
 #   bash weights/make.sh gpu          # planned for 12 minutes of one H100
 #   bash weights/make.sh cpu          # two cores: a night for student.pt, half a day for all
+#   bash weights/make.sh small FOLDER # five minutes of one core: small models of all the text
 #   bash weights/make.sh test FOLDER  # seconds: tiny models, to try this script
 #
 # All results are in weights/make/, or FOLDER. A stage whose result is there is skipped, and a run
@@ -13,7 +14,7 @@
 # the comparison with the shipped weights, at the end, is left to the reader.
 set -euo pipefail
 
-window=256 network=(--sequence-len 256)
+window=256 windows=436 network=(--sequence-len 256)
 case ${1:-} in
 gpu)
     seeds=(0 1 2 3 4) twin=(--characters 7400000 --batch-size 64)
@@ -25,15 +26,22 @@ cpu)
     pieces=4 fresh=500000 streams=192
     teacher=0 student=180000000 gpt=10000000 plain=10000000
     batch=64 interval=250 ;;
+small)
+    seeds=(0 1) twin=(--characters 500000 --batch-size 16)
+    pieces=1 fresh=250000 streams=192
+    teacher=500000 student=1000000 gpt=500000 plain=500000
+    batch=32 interval=50
+    window=128 windows=100 network=(--sequence-len 128 --n-layer 2 --n-head 2 --n-embd 128
+                                    --no-compile) ;;
 test)
     seeds=(0 1) twin=(--characters 1600 --batch-size 8)
     pieces=1 fresh=1000 streams=4
     teacher=5120 student=20480 gpt=1600 plain=5120
     batch=16 interval=4
-    window=32 network=(--sequence-len 32 --context-len 4 --n-layer 1 --n-head 1 --n-embd 16
-                       --no-compile) ;;
+    window=32 windows=25 network=(--sequence-len 32 --context-len 4 --n-layer 1 --n-head 1
+                                  --n-embd 16 --no-compile) ;;
 *)
-    echo "usage: bash weights/make.sh gpu|cpu|test [FOLDER]" >&2
+    echo "usage: bash weights/make.sh gpu|cpu|small|test [FOLDER]" >&2
     exit 2 ;;
 esac
 share=0.33                                                  # of the sequences are Shakespeare's
@@ -45,8 +53,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-$(uv run python -c 'import sys; print(sys.executable)')}
 gpt_script=tests/experiments/causal_twin.py
 text=data/tiny_shakespeare.txt shipped=weights/diffusion_model.pt
+case $1 in small | test) shipped=$folder/plain.pt ;; esac  # as long windows as the others
 if [ "$1" = test ]; then
-    text=$folder/text.txt shipped=$folder/plain.pt
+    text=$folder/text.txt
     [ -e "$text" ] || head -c 8000 data/tiny_shakespeare.txt > "$text"
 fi
 
@@ -139,7 +148,7 @@ diffusion plain $plain --data "$text" --seed 2
 gpt plain_gpt $plain --data "$text" --seeds 2
 
 stage likelihood.md "$python" tests/benchmarks/benchmark_likelihood.py --data "$text" \
-    --csv "$folder/likelihood.csv" "$folder/student.pt" "$folder/gpt_student.pt" "$shipped" \
+    --windows $windows --csv "$folder/likelihood.csv" "$folder/student.pt" "$folder/gpt_student.pt" "$shipped" \
     "$(IFS=+; echo "${twins[*]}")" "${twins[0]}" "$folder/plain_gpt.pt" "$folder/plain.pt"
 
 cat << END
