@@ -148,7 +148,8 @@ diffusion plain $plain --data "$text" --seed 2
 gpt plain_gpt $plain --data "$text" --seeds 2
 
 stage likelihood.md "$python" tests/benchmarks/benchmark_likelihood.py --data "$text" \
-    --windows $windows --csv "$folder/likelihood.csv" "$folder/student.pt" "$folder/gpt_student.pt" "$shipped" \
+    --windows $windows --csv "$folder/likelihood.csv" \
+    "$folder/student.pt" "$folder/gpt_student.pt" "$shipped" \
     "$(IFS=+; echo "${twins[*]}")" "${twins[0]}" "$folder/plain_gpt.pt" "$folder/plain.pt"
 
 cat << END
