@@ -240,7 +240,8 @@ def test_a_gpt_student_learns_the_mean_probabilities_of_its_teachers_beside_the_
 
 def test_the_first_text_has_its_share_of_the_windows_and_no_window_joins_two_texts():
     text = torch.cat((torch.full((100,), 1), torch.full((5000,), 2)))
-    x_0 = causal_twin.draw_windows(text, 100, 0.25, 4000, 32, seeded(0))
+    curriculum = causal_twin.FROM_SCRATCH._replace(first_len=100, first_share=0.25)
+    x_0 = causal_twin.draw_windows(text, 4000, 32, seeded(0), curriculum)
     assert (x_0 == x_0[:, :1]).all()
     assert (x_0[:, 0] == 1).float().mean().item() == pytest.approx(0.25, abs=0.03)
 

@@ -42,8 +42,9 @@ from model import (
 )
 from sample import draw, load_for_sampling
 from training import (
-    SIZES, TEACHER_SHARE, Run, claimed, compiled, distilled_nll, draw_starts, learning_rate_factor,
-    make_optimizers, read_texts, start_processes, state_beside, update,
+    FROM_SCRATCH, SIZES, TEACHER_SHARE, Curriculum, Run, claimed, compiled, distilled_nll,
+    draw_starts, learning_rate_factor, make_optimizers, read_texts, start_processes, state_beside,
+    update,
 )
 
 TWIN_WEIGHTS = ROOT / "weights" / "causal_twin.pt"
@@ -215,10 +216,10 @@ def write_text(args: argparse.Namespace) -> None:
 # Training -----------------------------------------------------------------------------------------
 
 
-def draw_windows(text, first_len: int, first_share: float | None, B: int, T: int, generator):
-    """Random windows x_0 (B, T), some of them in the first `first_len` characters of the text."""
+def draw_windows(text, B: int, T: int, generator, curriculum: Curriculum):
+    """Random windows x_0 (B, T) of a text."""
     device = text.device
-    starts = draw_starts(len(text), T, B, generator, device, first_len, first_share)
+    starts = draw_starts(len(text), T, B, generator, device, curriculum)
     return text[starts[:, None] + torch.arange(T, device=device)].long()
 
 
@@ -288,9 +289,10 @@ def train(args: argparse.Namespace, paths: list[Path]) -> None:
         network = compiled(model, B)
         teachers = [compiled(teacher, B, learns=False) for teacher in teachers]
     learned = texts.learned.to(device)
+    curriculum = FROM_SCRATCH._replace(first_len=texts.first_len, first_share=args.first_share)
 
     def loss(generator):
-        x_0 = draw_windows(learned, texts.first_len, args.first_share, B, T, generator)
+        x_0 = draw_windows(learned, B, T, generator, curriculum)
         return batch_loss(network, x_0, teachers)
 
     settings = {
