@@ -62,8 +62,9 @@ fi
 # Running and logging ------------------------------------------------------------------------------
 
 commit=$(git describe --always --dirty 2> /dev/null || echo unknown)
-hardware=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null ||
-    grep -m1 -o 'AMD.*\|Intel.*\|Arm.*' /proc/cpuinfo 2> /dev/null || uname -m)
+hardware=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -n 1 ||
+    sed -n 's/^model name.*: //p;T;q' /proc/cpuinfo 2> /dev/null || uname -m)
+hardware="$hardware, $(getconf _NPROCESSORS_ONLN) cores"
 log=$folder/make.tsv
 [ -e "$log" ] || printf 'when\tresult\texit\tseconds\tsha256\tcommit\thardware\tcommand\n' > "$log"
 child=
