@@ -28,7 +28,7 @@ arm() {  # NAME SEED FLAGS...
         "${network[@]}" --steps 400 --weight-decay 0.1 --eval-interval 50 "${@:3}"
 }
 
-[ -e "$text" ] || tail -c +40001 data/tiny_shakespeare.txt | head -c 40000 > "$text"
+[ -e "$text" ] || head -c 80000 data/tiny_shakespeare.txt | tail -c 40000 > "$text"
 [ -e "$folder/twin_2.pt" ] || $twin --data "$text" "${network[@]}" --characters 300000 \
     --seeds 0 1 2 --weights "$folder/twin_{seed}.pt"
 [ -e "$fresh" ] || $twin --data "$text" --twins "$folder"/twin_?.pt --write 400000 --out "$fresh"
