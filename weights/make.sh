@@ -14,6 +14,8 @@
 # the comparison with the shipped weights, at the end, is left to the reader.
 set -euo pipefail
 
+share=0.33                                                  # of the sequences are Shakespeare's
+recipe=(--learning-rate 0.008 --decay 1 --weight-decay 0.1) # of all runs but the twins'
 window=256 windows=436 network=(--sequence-len 256)
 case ${1:-} in
 gpu)
@@ -30,7 +32,7 @@ small)
     seeds=(0 1) twin=(--characters 500000 --batch-size 16)
     pieces=1 fresh=250000 streams=192
     teacher=500000 student=1000000 gpt=500000 plain=500000
-    batch=32 interval=50
+    batch=8 interval=200 recipe=(--learning-rate 0.02 --decay 0.5 --weight-decay 0.1)
     window=128 windows=100 network=(--sequence-len 128 --n-layer 2 --n-head 2 --n-embd 128
                                     --no-compile) ;;
 test)
@@ -44,8 +46,6 @@ test)
     echo "usage: bash weights/make.sh gpu|cpu|small|test [FOLDER]" >&2
     exit 2 ;;
 esac
-share=0.33                                                  # of the sequences are Shakespeare's
-recipe=(--learning-rate 0.008 --decay 1 --weight-decay 0.1) # of all runs but the twins'
 
 mkdir -p "${2:-$(dirname "$0")/make}"
 folder=$(cd "${2:-$(dirname "$0")/make}" && pwd)
@@ -118,7 +118,7 @@ diffusion() {  # NAME CHARACTERS FLAGS...
 
 gpt() {  # NAME CHARACTERS FLAGS...
     stage "$1.pt" "$python" $gpt_script --weights "$folder/$1.pt" --characters "$2" "${@:3}" \
-        "${recipe[@]}" "${network[@]}" --batch-size $((batch / 2))
+        "${recipe[@]}" "${network[@]}" --batch-size $batch
 }
 
 # The stages ---------------------------------------------------------------------------------------
