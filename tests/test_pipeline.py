@@ -303,7 +303,7 @@ class Make:
             self.asked.append(arguments)
             script = forks.Process(target=run_script, args=(arguments, self.folder / "printed"))
             script.start()
-            script.join(60)
+            script.join(600)
             (self.folder / "answer").write_text(str(script.exitcode))
 
 
@@ -313,7 +313,7 @@ def test_make_goes_from_the_corpus_to_the_table_and_continues_after_a_stop(tmp_p
     stopped = Make(tmp_path, real="results/student.pt --")
     stopped.serve(until=lambda: state.exists() and state.stat().st_size)
     stopped.process.send_signal(signal.SIGTERM)
-    assert stopped.process.wait(60) == 143
+    assert stopped.process.wait(600) == 143
     assert state.stat().st_size and not (results / "student.pt").exists()
 
     continued = Make(tmp_path)
