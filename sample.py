@@ -116,9 +116,9 @@ METHODS = {  # name: (rule, the one flag that tunes it)
 
 
 def uniform(x, generator):
-    """Uniform numbers on [0, 1) in the shape of x, on its device. The generator is on the CPU, so a
+    """Uniform numbers on [0, 1) in the shape of x, on its device. With a generator on the CPU, a
     seed means the same on every device."""
-    return torch.rand(x.shape, generator=generator).to(x.device)
+    return torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
 
 
 def draw(log_p, temperature: float, generator, min_p: float = 0.0):

@@ -1,32 +1,20 @@
-"""The benchmarks themselves: the judges of text, the timed steps, the ablations, the exact
-likelihoods and the GPT twin."""
+"""The benchmarks themselves: the judge of text, the timed steps and the ablations."""
 
-import itertools
-import math
 from argparse import Namespace
 from dataclasses import replace
 
 import ablation_training as ablation
-import benchmark_likelihood as likelihood
 import benchmark_sampling as judging
 import benchmark_training as timing
-import causal_twin
 import pytest
 import torch
-from causal_twin import continue_causally, make_causal, next_log_p, nll_of
-from conftest import TINY, TableModel, random_model
+from causal_twin import make_causal, next_log_p, nll_of
+from conftest import TINY, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (
-    Attention, BadInput, DiffusionConfig, DiffusionTransformer, load_weights, nelbo, save_weights,
-)
-from sample import draw
+from model import Attention, DiffusionConfig, DiffusionTransformer, nelbo
 
 TEXT = "to be or not to be that is the question whether tis nobler in the mind to suffer"
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()
@@ -135,120 +123,3 @@ def test_the_timed_steps_run_on_the_bytes_of_a_corpus(monkeypatch):
     text, device = torch.randint(1, 128, (600,), dtype=torch.uint8), torch.device("cpu")
     timing.our_step(text, args, device)()
     timing.naive_step(text, 2, device)()
-
-
-def every_text(length, vocab_size):
-    return torch.tensor(list(itertools.product(range(1, vocab_size), repeat=length)))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("score", [likelihood.left_to_right, likelihood.most_confident_first])
-def test_exact_likelihoods_sum_to_one_over_all_texts(score):
-    config = DiffusionConfig(sequence_len=3, vocab_size=4, diffusion_steps=5, context_len=0)
-    nll = score(TableModel(config), every_text(3, 4))
-    assert (-3 * nll).exp().sum().item() == pytest.approx(1, abs=1e-5)
-
-
-@torch.no_grad()
-def test_bounds_of_the_likelihood_benchmark_match_nelbo_and_meet_in_continuous_time():
-    config = DiffusionConfig(sequence_len=3, vocab_size=4, diffusion_steps=5, context_len=0)
-    model, x_0 = TableModel(config), torch.tensor([1, 3, 2])
-    expected, error = nelbo(model, x_0.repeat(500), passes=8)
-    discrete, _ = likelihood.bounds(model, x_0.expand(500, 3), draws=30, seed=1)
-    assert discrete.mean().item() == pytest.approx(expected, abs=4.5 * error + 0.01)
-    config = replace(config, diffusion_steps=100_000)  # nearly continuous time
-    discrete, continuous = likelihood.bounds(TableModel(config), x_0.expand(9, 3), 30, seed=1)
-    torch.testing.assert_close(discrete, continuous, rtol=1e-3, atol=0)
-
-
-@torch.no_grad()
-def test_a_gpt_twin_predicts_each_character_from_the_characters_before():
-    model = make_causal(random_model())
-    x_0 = torch.randint(1, 128, (2, 32))
-    changed = x_0.clone()
-    changed[:, 20] = x_0[:, 20] % 127 + 1
-    before, after = (nll_of(next_log_p(model, x), x) for x in (x_0, changed))
-    assert torch.equal(before[:, :20], after[:, :20])
-    assert not torch.isclose(before[:, 20:], after[:, 20:]).all(0).any()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("given", [0, 1, 9])
-def test_kept_keys_do_not_change_the_text_of_a_gpt_twin(given, monkeypatch):
-    monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
-    model, same = random_model(), random_model()
-    x = x_plain = torch.randint(1, 128, (3, given))
-    kept = continue_causally([model, same], x, 32 - given, 0.8, seeded(5))
-    generator, index = seeded(5), torch.zeros(3, dtype=torch.long)
-    make_causal(model)
-    while x_plain.size(1) < 32:
-        shifted = torch.nn.functional.pad(x_plain, (1, 0))          # 0 is [MASK]
-        new = draw(model(shifted, index)[:, -1:], 0.8, generator)
-        x_plain = torch.cat((x_plain, new), 1)
-    assert torch.equal(kept, x_plain)
-    assert model.cos.size(0) == 32  # the rotary tables are whole again
-
-
-@torch.no_grad()
-def test_several_gpt_twins_write_from_the_mean_of_their_probabilities(monkeypatch):
-    monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
-    twins, begin = [random_model(seed=1), random_model(seed=2)], torch.zeros(50, 1).long()
-    p = sum(twin(begin, begin[:, 0]).exp() for twin in twins) / 2  # of one position
-    expected = draw(p.log(), 1.0, seeded(0))
-    written = continue_causally(twins, begin[:, :0], 1, 1.0, seeded(0))
-    assert torch.equal(written, expected) and len(written.unique()) > 10
-
-
-def test_a_gpt_twin_writes_at_least_the_length_asked_for_and_equal_texts_for_equal_seeds():
-    text = causal_twin.write([random_model()], 200, 1.0, seed=4, streams=3)
-    assert 200 <= len(text) <= 200 + 3 * 16 + 2  # up to half a window more in each stream
-    assert text == causal_twin.write([random_model()], 200, 1.0, seed=4, streams=3)
-    assert text != causal_twin.write([random_model()], 200, 1.0, seed=5, streams=3)
-
-
-def test_the_fitted_temperature_is_the_one_at_which_the_text_was_drawn(monkeypatch):
-    """The twins write the text at temperature 1.2. At 1, they are too sure of their own text."""
-    monkeypatch.setattr("model.multiplies_bf16", lambda device: False)
-    twins = [make_causal(random_model(seed=1)), make_causal(random_model(seed=2))]
-    x = torch.empty(400, 0, dtype=torch.long)
-    x = continue_causally(twins, x, 32, 1.2, seeded(3))
-    fitted = causal_twin.fit_temperature(twins, x.flatten())
-    assert min(fitted, key=fitted.get) == pytest.approx(1.2, abs=0.05)
-    assert fitted[1.0] == pytest.approx(causal_twin.nats(twins, x.flatten()), abs=1e-5)
-
-
-def test_the_weights_of_a_gpt_twin_are_chosen_on_text_that_it_does_not_learn(tmp_path, monkeypatch):
-    """Its characters tell which text a call reads: a is learned, b is held out, c validates."""
-    text, val = (torch.tensor(list(part), dtype=torch.uint8) for part in (
-        b"b" * 300 + b"a" * 600, b"c" * 90))
-    learned, held_out = set(), iter([3.0, 1.0, 2.0])
-    next_log_p = causal_twin.next_log_p
-
-    def noted(network, x_0):
-        learned.update(x_0.unique().tolist())
-        return next_log_p(network, x_0)
-
-    def nats(twins, ids):
-        return next(held_out) if set(ids.tolist()) == {ord("b")} else 9.0
-
-    for name, value in {
-        "HELD_OUT": 300, "DiffusionConfig": lambda: TINY, "compiled": lambda model, B: model,
-        "load_corpus": lambda *_: (text, val, ""), "next_log_p": noted, "nats": nats,
-    }.items():
-        monkeypatch.setattr(causal_twin, name, value)
-    args = Namespace(steps=3, eval_interval=1, batch_size=9, weight_decay=0.1, seed=0,
-                     weights=tmp_path / "twin.pt", max_minutes=None)
-    causal_twin.train(args, torch.device("cpu"))
-    meta = load_weights(args.weights)[1]
-    assert learned == {ord("a")}
-    assert (meta["step"], meta["held_nll"], meta["val_nll"]) == (2, 1.0, 9.0)
-
-
-def test_an_existing_gpt_twin_is_the_mark_to_beat_and_another_model_is_refused(tmp_path):
-    path = tmp_path / "twin.pt"
-    assert causal_twin.incumbent(path) == math.inf
-    save_weights(random_model(), {"held_nll": 1.5}, path)
-    assert causal_twin.incumbent(path) == 1.5
-    save_weights(random_model(), {"val_nelbo": 1.5}, path)
-    with pytest.raises(BadInput, match="not a GPT twin"):
-        causal_twin.incumbent(path)
