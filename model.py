@@ -413,10 +413,18 @@ def read_checkpoint(path: Path | str) -> dict:
     return contents
 
 
-def load_weights(path: Path | str, device: torch.device | str = "cpu"):
+def is_causal(contents: dict) -> bool:
+    """Whether a checkpoint holds a GPT twin, which has the same names and shapes."""
+    return bool(contents["meta"].get("causal"))
+
+
+def load_weights(path: Path | str, device: torch.device | str = "cpu", causal: bool = False):
     """The DiffusionTransformer in float32 on `device`, in eval mode, and its meta. Raises BadInput
-    if a name or shape does not fit the file's config, or if a weight is not finite."""
+    if a name or shape does not fit the file's config, if a weight is not finite, or if the file
+    holds a GPT twin (causal_twin.py) where `causal` is false, or none where it is true."""
     contents = read_checkpoint(path)
+    if is_causal(contents) != causal:
+        raise BadInput(f"weights file {path}: {'no GPT twin' if causal else 'a GPT twin'}")
     state = {plain_name(name): tensor for name, tensor in contents["model"].items()}
     try:
         with torch.device("meta"):  # allocates nothing: a damaged config may name any size

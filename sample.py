@@ -303,9 +303,9 @@ def sample_command(weights: Path) -> str:
     return shlex.join(["uv", "run", "sample.py", *chosen])
 
 
-def load_for_sampling(path: Path, device: torch.device) -> DiffusionTransformer:
-    """The model of `load_weights`, in bfloat16 where the hardware multiplies that."""
-    model, _ = load_weights(path, device)
+def load_for_sampling(path: Path, device: torch.device, causal=False) -> DiffusionTransformer:
+    """The model of `load_weights`, in bfloat16 where the hardware multiplies bfloat16."""
+    model, _ = load_weights(path, device, causal)
     return model.to(torch.bfloat16) if multiplies_bf16(device) else model
 
 

@@ -480,8 +480,6 @@ def claimed(weights: Path, resume: bool) -> Iterator[None]:
     state_path = state_beside(weights)
     if weights.suffix != ".pt" or weights.name.endswith(".state.pt"):
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
-    if resume and not state_path.exists():
-        raise BadInput(f"{state_path}: not there, so there is no run to continue")
     try:
         if weights.exists():
             read_checkpoint(weights)
@@ -732,6 +730,8 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["uv", "run", "training.py", *map(str, words)])
     weights, resume = given.get("weights", DEFAULT_WEIGHTS), "resume" in given
+    if resume and not state_beside(weights).exists():
+        raise BadInput(f"{state_beside(weights)}: not there, so there is no run to continue")
     leader = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     # The files are claimed before the state is read, so that no other run can go on from it
     with claimed(weights, resume) if leader else nullcontext():

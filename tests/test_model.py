@@ -394,6 +394,15 @@ def test_too_little_memory_is_one_line_and_other_faults_stay_tracebacks(failure,
         assert capsys.readouterr().err.startswith("error: out of memory; ")
 
 
+def test_a_gpt_twin_is_no_diffusion_model_and_the_other_way_round(tmp_path):
+    save_weights(random_model(), {"causal": True}, tmp_path / "twin.pt")
+    save_weights(random_model(), {}, tmp_path / "w.pt")
+    for name, causal in (("twin.pt", False), ("w.pt", True)):
+        with pytest.raises(BadInput, match="GPT twin"):
+            load_weights(tmp_path / name, causal=causal)
+        load_weights(tmp_path / name, causal=not causal)
+
+
 def test_weights_too_large_for_float32_are_refused(tmp_path):
     state = {k: v.double() * 1e300 for k, v in random_model().state_dict().items()}
     torch.save({"model": state, "config": asdict(TINY), "meta": {}}, tmp_path / "w.pt")

@@ -172,7 +172,7 @@ def twin(command, folder, *arguments, seeds=(0,), text=None):
                       "--weights", folder / "twin_{seed}.pt", "--seeds", *seeds,
                       "--characters", 1280, "--batch-size", 4, "--no-compile")
     assert trained.returncode == 0, trained.stderr
-    return load_weights(folder / f"twin_{seeds[-1]}.pt")
+    return load_weights(folder / f"twin_{seeds[-1]}.pt", causal=True)
 
 
 def equal(model, other):
@@ -196,8 +196,8 @@ def test_gpt_twins_of_one_command_are_those_of_a_command_for_each_seed(command, 
     together, _ = twin(command, tmp_path, seeds=(3, 4))
     alone, _ = twin(command, tmp_path, seeds=(4,))
     assert equal(together, alone)
-    assert equal(together, load_weights(tmp_path / "twin_4.1.pt")[0])  # the first has moved aside
-    assert not equal(together, load_weights(tmp_path / "twin_3.pt")[0])
+    assert equal(together, load_weights(tmp_path / "twin_4.1.pt", causal=True)[0])
+    assert not equal(together, load_weights(tmp_path / "twin_3.pt", causal=True)[0])
 
 
 def test_a_gpt_twin_that_was_stopped_continues_as_if_it_never_was(command, tmp_path, monkeypatch):

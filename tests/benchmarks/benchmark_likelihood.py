@@ -44,7 +44,7 @@ from tqdm import trange
 
 from model import (
     COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, BadInput, CommandLine, DiffusionTransformer,
-    masked_count_weights, masked_nll, noise_index, number, pick_device,
+    is_causal, masked_count_weights, masked_nll, noise_index, number, pick_device,
     read_checkpoint, spaced_windows, start,
 )
 from sample import load_for_sampling
@@ -144,7 +144,7 @@ def ways_of(paths: list[str], models: list[DiffusionTransformer], args: argparse
     """How to measure the models in `paths` together: the names of measures, how many windows to
     score at a time, and the function from windows (N, T) to nats (N,) for each name. Raises
     BadInput for models that can't be averaged."""
-    if all(read_checkpoint(path)["meta"].get("causal") for path in paths):
+    if all(is_causal(read_checkpoint(path)) for path in paths):
         twins = [make_causal(model) for model in models]
         return [(["exact"], ALL, lambda x: [exact(twins, x)])]
     if len(models) > 1:
@@ -182,7 +182,8 @@ def score(args: argparse.Namespace) -> tuple[str, dict[str, dict[str, torch.Tens
     windows of different lengths."""
     device, kept, table, protocol = pick_device(args.device), Kept(args.csv), {}, None
     for row in args.rows:
-        models = [load_for_sampling(path, device) for path in row.split("+")]
+        models = [load_for_sampling(path, device, is_causal(read_checkpoint(path)))
+                  for path in row.split("+")]
         config = models[0].config
         texts = read_texts([args.data], config)
         ids = texts.held if args.held_out else texts.val

@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     model = load_for_sampling(args.weights, device)
-    judge, twin = (make_causal(load_for_sampling(path, device)) if path.exists() else None
+    judge, twin = (make_causal(load_for_sampling(path, device, True)) if path.exists() else None
                    for path in (args.judge, args.twin))
     train, val, _ = load_corpus(DEFAULT_DATA, model.config)
     if args.speed:

@@ -197,7 +197,7 @@ def write(twins: list[DiffusionTransformer], num_characters: int, temperature: f
 def write_text(args: argparse.Namespace) -> None:
     """Writes --out as the ensemble of --twins, at the temperature that suits the held-out text."""
     device = pick_device(args.device)
-    twins = [make_causal(load_for_sampling(path, device)) for path in args.twins]
+    twins = [make_causal(load_for_sampling(path, device, causal=True)) for path in args.twins]
     held = read_texts(args.data[:1], twins[0].config).held
     alone = [nats([twin], held) for twin in twins]
     fitted = fit_temperature(twins, held)
@@ -283,7 +283,7 @@ def train(args: argparse.Namespace, paths: list[Path]) -> None:
     config = DiffusionConfig(**{size: getattr(args, size) for size in SIZES})
     texts = read_texts(args.data, config)
     model = make_causal(DiffusionTransformer(config).to(device))
-    teachers = [make_causal(load_weights(path, device)[0]) for path in args.teachers]
+    teachers = [make_causal(load_weights(path, device, causal=True)[0]) for path in args.teachers]
     network, B, T = model, args.batch_size, config.sequence_len
     if not args.no_compile:
         network = compiled(model, B)
