@@ -347,7 +347,6 @@ def test_page_gif_and_stills_show_the_same_text(tiny_weights, tmp_path, command)
         assert_pictures_agree(tmp_path / "x.html", other, {})
 
 
-@pytest.mark.xfail(reason="made anew with the new default of the sampler", strict=True)
 def test_the_pictures_of_the_readme_show_the_text_of_the_page_beside_them(tmp_path):
     folder, page = ROOT / "animations", tmp_path / "x.html"
     page.write_bytes((folder / "denoising.html").read_bytes())

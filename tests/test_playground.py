@@ -97,7 +97,6 @@ def test_the_page_loads_nothing_from_other_sites():
     assert "default-src 'none'" in PAGE and "innerHTML" not in PAGE
 
 
-@pytest.mark.xfail(reason="made anew with the new default of the sampler", strict=True)
 def test_the_recorded_page_of_the_readme_was_made_from_this_page_html():
     """After a change of page.html, the command shown on denoising.html has to make it anew."""
     path = ROOT / "animations" / "denoising.html"
