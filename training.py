@@ -158,11 +158,9 @@ def read_texts(paths: list[str], config: DiffusionConfig) -> Texts:
     for path in paths[1:]:
         *parts, sha256 = load_corpus(path, config)
         learned.append(torch.cat(parts))
-        if sha256 in checksums[1:]:
-            raise BadInput(f"--data {path}: the same text twice")
-        if shares_pieces(val, learned[-1]) or shares_pieces(held, learned[-1]):
-            raise BadInput(f"--data {path}: holds a part of {paths[0]} that must not be learned, "
-                           "of its validation split or of its held-out slice")
+        if sha256 in checksums or any(shares_pieces(split, learned[-1]) for split in (held, val)):
+            raise BadInput(f"--data {path}: given twice, or it holds a part of {paths[0]} that "
+                           "must not be learned, of its held-out slice or validation split")
         checksums.append(sha256)
     return Texts(torch.cat(learned), len(train), held, val, checksums)
 
@@ -480,18 +478,15 @@ def claimed(weights: Path, resume: bool) -> Iterator[None]:
     state_path = state_beside(weights)
     if weights.suffix != ".pt" or weights.name.endswith(".state.pt"):
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
-    try:
-        if weights.exists():
-            read_checkpoint(weights)
-    except BadInput as error:
-        raise BadInput(f"--weights {weights}: is there and no checkpoint; choose another name"
-                       ) from error
+    if weights.exists():
+        read_checkpoint(weights)  # raises BadInput
     state_path.parent.mkdir(parents=True, exist_ok=True)
     with locked(state_path):
         if fcntl and is_empty(state_path):
             state_path.unlink()  # a run was killed before its first save
         try:
-            state_path.touch(exist_ok=resume)
+            if not resume:
+                state_path.touch(exist_ok=False)
         except FileExistsError as error:
             raise BadInput(f"{state_path} holds a run: --resume continues it, or delete it"
                            ) from error
@@ -712,12 +707,12 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
 
 def evaluate_only(given: dict, defaults: dict) -> None:
     """Prints the validation bound of the weights."""
-    for name in given.keys() - {"eval_only", "weights", "data", "device"}:
-        raise BadInput(f"--eval-only: --{name.replace('_', '-')} changes nothing; it takes "
-                       "--weights, --data and --device")
     args = argparse.Namespace(**{**defaults, **given})
-    if len(args.data) > 1:
-        raise BadInput(f"--eval-only: --data takes one text, not {len(args.data)}")
+    others = given.keys() - {"eval_only", "weights", "data", "device"}
+    if others or len(args.data) > 1:
+        words = "".join(f" --{name.replace('_', '-')}" for name in sorted(others))
+        raise BadInput(f"--eval-only takes --weights, --data with one text and --device, not "
+                       f"{len(args.data)} texts{words}")
     model, _ = load_weights(args.weights, pick_device(args.device))
     _, val, _ = load_corpus(args.data[0], model.config)
     show_bound(args.weights, *nelbo(model, val))
@@ -730,8 +725,6 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["uv", "run", "training.py", *map(str, words)])
     weights, resume = given.get("weights", DEFAULT_WEIGHTS), "resume" in given
-    if resume and not state_beside(weights).exists():
-        raise BadInput(f"{state_beside(weights)}: not there, so there is no run to continue")
     leader = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     # The files are claimed before the state is read, so that no other run can go on from it
     with claimed(weights, resume) if leader else nullcontext():
