@@ -1,7 +1,7 @@
 """How good and how fast is the sampler? The text, judged by a GPT that wrote none of it; the speed.
 
-    uv run tests/experiments/causal_twin.py --steps 330 --weight-decay 0.3 --eval-interval 110 \
-        --seed 12 --weights weights/judge.pt
+    uv run tests/experiments/causal_twin.py --characters 2700000 --seeds 12 \
+        --weights weights/judge.pt
     uv run tests/benchmarks/benchmark_sampling.py             # every row, minutes to an hour each
     uv run tests/benchmarks/benchmark_sampling.py --only "quality" --csv rows.csv
     uv run tests/benchmarks/benchmark_sampling.py --speed      # beside a naive loop and the twin
