@@ -63,9 +63,10 @@ def lowest(level, masked):
 
 
 def dilated(proposal: Proposal, turns: int = 15):
-    """Every turns-th character, so that those unmasked together stand far apart and their
-    independence costs little; the next turn takes those halfway between (arXiv 2506.19037). The
-    order ignores confidence, or easy characters would come first. It begins at a random place."""
+    """Every turns-th character of each row. Characters unmasked in one call are drawn independently
+    of one another, which costs little where they stand far apart (arXiv 2506.19037). The turns
+    follow in van der Corput's order, so that each lands in a wide gap between earlier ones. They
+    ignore confidence, which would put easy characters first, and begin at a random place."""
     u = proposal.unmask_time
     start = (u[:, :1] * turns).long()                               # (B, 1)
     place = torch.arange(u.size(1), device=u.device) + start        # (B, T)

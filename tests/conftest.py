@@ -301,6 +301,17 @@ def script(name, *arguments, stdin="", **kwargs):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def assert_every_call_unmasks(states):
+    """The states of `denoise`, the first one included, keep what is known and fill all blanks."""
+    for before, after in itertools.pairwise(states):
+        known = before != 0
+        assert torch.equal(after[known], before[known])
+        open_rows = (~known).any(1)
+        assert ((after == 0).sum(1) < (before == 0).sum(1))[open_rows].all()
+    assert (states[-1] != 0).all() and (states[-1] < 128).all()
+    assert len(states) - 1 <= (states[0] == 0).sum(1).max()  # no more calls than masked positions
+
+
 def assert_one_clear_line(process, *words):
     assert process.returncode == 2, process.stderr
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr

@@ -1,18 +1,25 @@
 """The benchmarks themselves: the judge of text, the timed steps and the ablations."""
 
+import itertools
+import math
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import ablation_training as ablation
 import benchmark_sampling as judging
 import benchmark_training as timing
 import pytest
 import torch
+from benchmark_sampling import (
+    cosine_ancestral, entropy_bound, factor, gumbel_top_k, leftmost, margin,
+)
 from causal_twin import make_causal, next_log_p, nll_of
-from conftest import TINY, random_model
+from conftest import TINY, assert_every_call_unmasks, partly_masked, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Attention, DiffusionConfig, DiffusionTransformer, nelbo
+from sample import Proposal, denoise, top_k
 
 TEXT = "to be or not to be that is the question whether tis nobler in the mind to suffer"
 
@@ -123,3 +130,62 @@ def test_the_timed_steps_run_on_the_bytes_of_a_corpus(monkeypatch):
     text, device = torch.randint(1, 128, (600,), dtype=torch.uint8), torch.device("cpu")
     timing.our_step(text, args, device)()
     timing.naive_step(text, 2, device)()
+
+
+# ---- rules that lost
+
+
+LOST = {
+    "top-k with noise": partial(gumbel_top_k, k=2),
+    "entropy": partial(entropy_bound, gamma=4.0),
+    "factor": partial(factor, f=2.0),
+    "margin": partial(margin, k=3),
+    "cosine ancestral": partial(cosine_ancestral, steps=9),
+    "leftmost": partial(leftmost, rule=partial(top_k, k=3), width=5),
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("rule", LOST.values(), ids=LOST)
+def test_every_network_call_of_a_rule_that_lost_keeps_known_characters_and_unmasks_more(rule):
+    for seed, temperature in enumerate((0, 0.7, 1.5)):
+        x = partly_masked(3, 32, 0.3 + 0.35 * seed, seed)
+        states = [x, *denoise(random_model(), x, rule, temperature, seeded(seed))]
+        assert_every_call_unmasks(states)
+
+
+def test_entropy_bound_unmasks_the_positions_computed_by_hand():
+    p = torch.tensor([[[0, 0.9, 0.1], [0, 0.6, 0.4], [0, 0.95, 0.05], [0, 0.99, 0.01]]])
+    masked = torch.tensor([[True, True, True, False]])
+    seen = Proposal(p.log(), torch.ones(1, 4, dtype=torch.long), masked, torch.rand(1, 4))
+    # entropies 0.325, 0.673, 0.199: the two smallest risk 0.199 nats, all three 0.524
+    assert entropy_bound(seen, gamma=0.1).tolist() == [[False, False, True, False]]
+    assert entropy_bound(seen, gamma=0.3).tolist() == [[True, False, True, False]]
+    assert (entropy_bound(seen, gamma=0.6) & masked).tolist() == [[True, True, True, False]]
+
+
+def test_gumbel_noise_draws_places_in_proportion_to_confidence():
+    n, confidence = 20_000, torch.tensor([0.6, 0.3, 0.1, 0.9])
+    log_p = [torch.full((4,), -math.inf), confidence.log(), (1 - confidence).log()]
+    log_p = torch.stack(log_p, 1).expand(n, 4, 3)
+    masked = torch.tensor([True, True, True, False]).expand(n, 4)
+    chosen = torch.ones(n, 4, dtype=torch.long)
+    seen = Proposal(log_p, chosen, masked, torch.rand(n, 4))
+    first = gumbel_top_k(seen, k=1)
+    assert (first.sum(1) == 1).all()
+    expected = torch.tensor([0.6, 0.3, 0.1, 0.0])
+    torch.testing.assert_close(first.float().mean(0), expected, rtol=0, atol=0.015)
+    assert torch.equal(gumbel_top_k(seen, k=3), masked)
+
+
+def test_leftmost_confines_each_network_call_to_the_leftmost_masked_characters():
+    model, x = random_model(), partly_masked(2, 32, 0.9, seed=3)
+    rule = partial(leftmost, rule=partial(top_k, k=2), width=3)
+    for before, after in itertools.pairwise([x, *denoise(model, x, rule, 1.0, seeded())]):
+        for row in range(2):
+            open_before = (before[row] == 0).nonzero().flatten().tolist()
+            unmasked = [i for i in open_before if after[row, i] != 0]
+            assert set(unmasked) <= set(open_before[:3])
