@@ -59,7 +59,7 @@ def without_margin(text):
 
 def test_every_file_that_the_readme_names_exists():
     readme = (ROOT / "README.md").read_text("utf-8")
-    named = set(re.findall(r"[\w/-]+\.(?:py|md|gif|png|csv|txt|pt)\b", readme))
+    named = set(re.findall(r"[\w/.-]+\.(?:py|md|gif|png|csv|txt|pt)\b", readme))
     made_by_commands = {"weights/laptop.pt", "weights/mine.pt", "my.txt",
                         "weights/diffusion_model.1.pt"}
     places = [ROOT, ROOT / "animations"]
