@@ -485,8 +485,7 @@ def claimed(weights: Path, resume: bool) -> Iterator[None]:
         if fcntl and is_empty(state_path):
             state_path.unlink()  # a run was killed before its first save
         try:
-            if not resume:
-                state_path.touch(exist_ok=False)
+            state_path.touch(exist_ok=resume)
         except FileExistsError as error:
             raise BadInput(f"{state_path} holds a run: --resume continues it, or delete it"
                            ) from error
@@ -725,6 +724,8 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["uv", "run", "training.py", *map(str, words)])
     weights, resume = given.get("weights", DEFAULT_WEIGHTS), "resume" in given
+    if resume and not state_beside(weights).exists():
+        raise BadInput(f"{state_beside(weights)}: not there, so there is no run to continue")
     leader = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     # The files are claimed before the state is read, so that no other run can go on from it
     with claimed(weights, resume) if leader else nullcontext():
