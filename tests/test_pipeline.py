@@ -273,6 +273,7 @@ exit "$code"
 def run_script(arguments, printed):
     for descriptor, path in (1, printed), (2, f"{printed}.log"):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir(ROOT)  # make.sh names its scripts from there
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
 
