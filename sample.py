@@ -26,7 +26,7 @@ import torch
 from model import (
     COUNT, DEFAULT_WEIGHTS, SEED, TEMPERATURE, BadInput, CommandLine, DiffusionTransformer,
     decode_tokens, encode_text, harmless, load_weights, multiplies_bf16, noise_index, number,
-    pick_device,     read_text, say, start,
+    pick_device, read_text, say, start,
 )
 
 # Rules: which characters a step unmasks -----------------------------------------------------------
