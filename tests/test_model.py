@@ -83,61 +83,43 @@ def test_initial_weights_are_zero_or_normal_with_the_documented_deviation():
         assert parameter.mean().item() == pytest.approx(0, abs=0.02 * std)
 
 
-def plain_forward(state, x_t, time_index, n_layer, n_head):
-    """The architecture as its description reads, one sequence, head and position at a time."""
+def plain_forward(state, ids, time_index, n_layer, n_head):
+    """The architecture as its description reads, for one sequence and one head at a time."""
+    w = {name.removesuffix(".weight"): tensor for name, tensor in state.items()}
+
     def unit(v):
-        return v / torch.sqrt((v * v).mean() + torch.finfo(v.dtype).eps)
+        return v / (v * v).mean(-1, keepdim=True).sqrt()
 
-    def rotated(v, position):
-        half = len(v) // 2
-        angle = position * 10000.0 ** (-torch.arange(half, dtype=v.dtype) / half)
-        a, b = v[:half], v[half:]
-        return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()])
+    def rotated(v):  # channel i and channel i + half, as a complex number
+        half = v.size(1) // 2
+        angle = torch.arange(len(v))[:, None] * 10000.0 ** (-torch.arange(half) / half)
+        z = torch.complex(v[:, :half], v[:, half:]) * torch.exp(-1j * angle)
+        return unit(torch.cat((z.real, z.imag), 1))
 
-    log_p = []
-    for ids, time in zip(x_t, time_index, strict=True):
-        x = [unit(state["token_emb.weight"][i] + state["time_emb.weight"][time]) for i in ids]
-        for layer in range(n_layer):
-            names = "attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
-            w = {name: state[f"blocks.{layer}.{name}.weight"] for name in names}
-            normed = [unit(v) for v in x]
-            q, k, v = (
-                [(w[f"attn.c_{name}"] @ row).chunk(n_head) for row in normed] for name in "qkv"
-            )
-            mixed = []
-            for i in range(len(x)):
-                heads = []
-                for h in range(n_head):
-                    query = unit(rotated(q[i][h], i))
-                    scores = torch.stack([query @ unit(rotated(k[j][h], j)) for j in range(len(x))])
-                    weights = (scores / math.sqrt(len(query))).softmax(0)
-                    heads.append(sum(weight * v[j][h] for j, weight in enumerate(weights)))
-                mixed.append(x[i] + w["attn.c_proj"] @ torch.cat(heads))
-            hidden = [(w["mlp.c_fc"] @ unit(row)).clamp(min=0) ** 2 for row in mixed]
-            x = [row + w["mlp.c_proj"] @ h for row, h in zip(mixed, hidden, strict=True)]
-        logits = torch.stack([state["output_head.weight"] @ unit(row) for row in x])
-        characters = logits[:, 1:] - logits[:, 1:].exp().sum(1, keepdim=True).log()
-        log_p.append(torch.cat([torch.full((len(x), 1), -math.inf), characters], 1))
-    return torch.stack(log_p)
+    x = unit(w["token_emb"][ids] + w["time_emb"][time_index])       # (T, C)
+    for layer in range(n_layer):
+        block = f"blocks.{layer}."
+        q, k, v = (unit(x) @ w[f"{block}attn.c_{name}"].T for name in "qkv")
+        heads = []
+        for head in torch.arange(x.size(1)).chunk(n_head):          # its channels
+            scores = rotated(q[:, head]) @ rotated(k[:, head]).T / math.sqrt(len(head))
+            heads.append(scores.softmax(1) @ v[:, head])
+        x = x + torch.cat(heads, 1) @ w[block + "attn.c_proj"].T
+        x = x + (unit(x) @ w[block + "mlp.c_fc"].T).clamp(min=0) ** 2 @ w[block + "mlp.c_proj"].T
+    logits = unit(x) @ w["output_head"].T
+    logits[:, 0] = -math.inf                                        # [MASK]
+    return logits.log_softmax(1)
 
 
 def test_forward_agrees_with_a_plain_implementation_and_gives_probabilities_in_bfloat16_too():
     model = random_model()
     x_t, time_index = partly_masked(2, 7, 0.5, seed=0), torch.tensor([3, 127])
-    expected = plain_forward(model.state_dict(), x_t, time_index, n_layer=2, n_head=2)
-    torch.testing.assert_close(model(x_t, time_index), expected, rtol=1e-4, atol=1e-4)
+    for log_p, ids, index in zip(model(x_t, time_index), x_t, time_index, strict=True):
+        expected = plain_forward(model.state_dict(), ids, index, n_layer=2, n_head=2)
+        torch.testing.assert_close(log_p, expected, rtol=1e-4, atol=1e-4)
     log_p = model.to(torch.bfloat16)(x_t, time_index)
     assert log_p.dtype == torch.float32 and (log_p[..., 0] == -math.inf).all()
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(2, 7))
-
-
-@pytest.mark.parametrize("change", [
-    {"n_embd": 30, "n_head": 4}, {"n_layer": 0}, {"vocab_size": 300}, {"mask_token_id": 128},
-    {"context_len": 256}, {"sequence_len": 2.5},
-])
-def test_impossible_config_is_refused(change):
-    with pytest.raises(BadInput):
-        DiffusionConfig(**change)
 
 
 # ---- the diffusion
@@ -277,11 +259,10 @@ def broken_files():
     yield "text", b"To be, or not to be"
     yield "foreign dict", {"weights": torch.zeros(3)}
     yield "list", [1, 2]
-    yield "wrong shapes", {"model": state, "config": {**config, "n_embd": 64}, "meta": {}}
-    yield "too many layers", {"model": state, "config": {**config, "n_layer": 1}, "meta": {}}
-    yield "absurd size", {"model": state, "config": {**config, "n_embd": 2**30}, "meta": {}}
-    yield "absurd depth", {"model": state, "config": {**config, "n_layer": 2**30}, "meta": {}}
-    yield "unknown config field", {"model": state, "config": {**config, "n_gpu": 1}, "meta": {}}
+    for change in ({"n_embd": 64}, {"n_embd": 2**30}, {"n_layer": 1}, {"n_layer": 2**30},
+                   {"n_head": 5}, {"sequence_len": 2.5}, {"vocab_size": 300}, {"context_len": 32},
+                   {"mask_token_id": 128}, {"n_gpu": 1}):
+        yield str(change), {"model": state, "config": {**config, **change}, "meta": {}}
     yield "config is no dict", {"model": state, "config": 3, "meta": {}}
     yield "meta is no dict", {"model": state, "config": config, "meta": [1]}
     yield "not tensors", {"model": {name: 0 for name in state}, "config": config, "meta": {}}
