@@ -18,7 +18,6 @@ for name in ("COLUMNS", "LINES", "NO_COLOR", "MPLBACKEND", "PYTHONIOENCODING", "
 
 import contextlib
 import errno
-import importlib
 import io
 import itertools
 import json
@@ -30,16 +29,17 @@ import sys
 import tempfile
 import threading
 from functools import partial
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
+import training
 from model import DiffusionConfig, DiffusionTransformer, save_weights, start
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = DiffusionConfig(sequence_len=32, n_layer=2, n_head=2, n_embd=32, context_len=4)
+not_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows works otherwise here")
 
 
 def random_model(config=TINY, seed=0):
@@ -54,6 +54,10 @@ def random_model(config=TINY, seed=0):
     return model.eval()
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 # A run of training.py that takes a second
 SIZES = ["--n-layer", 1, "--n-embd", 16, "--n-head", 1, "--sequence-len", 32, "--context-len", 4]
 SETTINGS = ["--batch-size", 8, "--eval-interval", 6, "--no-compile", "--device", "cpu"]
@@ -66,11 +70,8 @@ class TableModel(torch.nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
-        size = config.vocab_size**config.sequence_len
-        generator = torch.Generator().manual_seed(seed)
-        self.table = torch.nn.Parameter(
-            torch.randn(size, config.sequence_len, config.vocab_size, generator=generator)
-        )
+        size = config.vocab_size**config.sequence_len, config.sequence_len, config.vocab_size
+        self.table = torch.nn.Parameter(torch.randn(size, generator=seeded(seed)))
 
     def forward(self, x_t, index):
         place = self.config.vocab_size ** torch.arange(self.config.sequence_len)
@@ -101,12 +102,11 @@ class Screen:
             while more := os.read(self.master, 65536):
                 self.received += more
 
+    @contextlib.contextmanager
     def shown(self):
         """Inside, the screen stands for stdout and stderr."""
-        both = contextlib.ExitStack()
-        both.enter_context(contextlib.redirect_stdout(self.out))
-        both.enter_context(contextlib.redirect_stderr(self.out))
-        return both
+        with contextlib.redirect_stdout(self.out), contextlib.redirect_stderr(self.out):
+            yield
 
     def text(self):
         self.out.close()
@@ -149,13 +149,9 @@ def last(states):
 
 
 def partly_masked(batch, length, share, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randint(1, 128, (batch, length), generator=generator)
     return x.masked_fill(torch.rand(batch, length, generator=generator) < share, 0)
-
-
-def all_masks(length):
-    return torch.tensor(list(itertools.product([False, True], repeat=length)))
 
 
 @pytest.fixture(scope="session")
@@ -185,8 +181,7 @@ def whole_run(small_corpus, tmp_path_factory):
 @pytest.fixture
 def learned(monkeypatch):
     """A list that gets the text from which a training step draws its batch, at every step."""
-    training, texts = importlib.import_module("training"), []
-    draw_batch = training.draw_batch
+    texts, draw_batch = [], training.draw_batch
 
     def spy(text, *rest):
         texts.append(text)
@@ -211,37 +206,37 @@ class Gone(io.StringIO):
 
 
 def island(page):
-    """The trace inside a page. A real HTML parser decides where the script element ends."""
-    class Finder(HTMLParser):
-        inside, found = False, ""
-
-        def handle_starttag(self, tag, attributes):
-            self.inside = dict(attributes).get("id") == "trace"
-
-        def handle_data(self, data):
-            self.found += data * self.inside
-
-        def handle_endtag(self, tag):
-            self.inside = False
-
-    finder = Finder()
-    finder.feed(page)
-    return json.loads(finder.found)
+    """The trace inside a page: as in a browser, the script element ends at the first end tag."""
+    pattern = '<script [^>]*id="trace">(.*?)</script'
+    return json.loads(re.search(pattern, page, re.DOTALL | re.IGNORECASE)[1])
 
 
 @pytest.fixture
 def command(capsys):
     """Calls a script's main in this process, because a new process would import torch for seconds.
-    Returns exit code, stdout and stderr."""
+    Returns exit code, stdout and stderr. If `code` is given, the exit code has to be that."""
 
-    def call(main, *arguments):
+    def call(main, *arguments, code=None):
         try:
             start(partial(main, [str(argument) for argument in arguments]))
-            code = 0
+            found = 0
         except SystemExit as exit:
-            code = exit.code
+            found = exit.code
         out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, code, out, err)
+        assert code in (None, found), err
+        return subprocess.CompletedProcess(arguments, found, out, err)
+
+    return call
+
+
+@pytest.fixture
+def train(command, small_corpus, tmp_path):
+    """Calls training.py for a tiny run that learns the small corpus and writes tmp_path/w.pt, or
+    does what further flags say. Returns as `command`."""
+
+    def call(*flags, settings=TINY_RUN, code=0):
+        files = ["--data", small_corpus, "--weights", tmp_path / "w.pt"]
+        return command(training.main, *files, *settings, *flags, code=code)
 
     return call
 
@@ -263,7 +258,7 @@ def _run_training(arguments, log):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["training.py", *arguments]
-    start(importlib.import_module("training").main)
+    start(training.main)
 
 
 class Training:

@@ -1,18 +1,14 @@
-"""Which devices and processes the scripts choose, whether tensors stay on their device, and whether
-odd environments disturb the tests.
+"""Which devices and processes the scripts choose, and whether tensors stay on their device.
 
 The tests have no GPU. Fake CUDA tensors have shapes, types and a device but hold no numbers; an
 operation between tensors of two devices raises."""
 
-import os
-import subprocess
-import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY, assert_one_clear_line
 from torch._subclasses import FakeTensorMode
 
 import model
@@ -53,39 +49,23 @@ def test_a_training_step_stays_on_its_device_and_multiplies_in_bfloat16(cuda):
     text = torch.zeros(500, dtype=torch.uint8, device=cuda)
     batch = training.draw_batch(text, TINY, 4, None)
     assert {part.device.type for part in batch} == {"cuda"}
-    loss = training.batch_loss(network, batch)
-    assert types == [torch.bfloat16]
+    for teacher in None, network_on(cuda):
+        loss = training.batch_loss(network, batch, teacher)
+        assert loss.device.type == "cuda" and loss.shape == ()
+    assert types == [torch.bfloat16] * 2
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)  # the backward pass needs a real device
     training.update(network, optimizers, factor=0.5)
-    assert loss.device.type == "cuda" and loss.shape == ()
     assert all(p.device.type == "cuda" for p in network.parameters())
 
 
-def test_distillation_stays_on_its_device(cuda):
-    text = torch.zeros(500, dtype=torch.uint8, device=cuda)
-    batch = training.draw_batch(text, TINY, 4, None)
-    loss = training.batch_loss(network_on(cuda), batch, teacher=network_on(cuda))
-    assert loss.device.type == "cuda" and loss.shape == ()
-
-
-def test_the_bound_stays_on_its_device(cuda):
-    network = network_on(cuda)
-    generator = SimpleNamespace(device=cuda)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", without_generator(torch.rand))
-        patch.setattr(torch, "randperm", without_generator(torch.randperm))
-        nll = model.nelbo_samples(network, torch.ones(5, 32, dtype=torch.long), generator)
+def test_the_bound_stays_on_its_device(cuda, monkeypatch):
+    rand, randperm = torch.rand, torch.randperm  # a CUDA generator needs a real device
+    monkeypatch.setattr(torch, "rand", lambda shape, generator, device: rand(shape, device=device))
+    monkeypatch.setattr(torch, "randperm", lambda n, generator, device: randperm(n, device=device))
+    x_0 = torch.ones(5, 32, dtype=torch.long)
+    nll = model.nelbo_samples(network_on(cuda), x_0, SimpleNamespace(device=cuda))
     assert nll.device.type == "cuda" and nll.shape == (5,)
-
-
-def without_generator(function):
-    """The function without its generator: a CUDA generator needs a real device."""
-
-    def call(*arguments, generator=None, **keywords):
-        return function(*arguments, **keywords)
-
-    return call
 
 
 @pytest.mark.parametrize("rule", [rule for rule, _ in sample.METHODS.values()])
@@ -102,17 +82,15 @@ def test_a_network_call_and_each_rule_stay_on_their_device(rule, cuda):
     assert log_p.device.type == chosen.device.type == unmask.device.type == "cuda"
 
 
-def no_kernel(*_, **__):
-    raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
-
-
 def test_auto_falls_back_where_the_build_has_no_kernels(monkeypatch, capsys):
     """As with an NVIDIA card that is older than the PyTorch build supports."""
+    def without_kernels(size, device):
+        if device != "cpu":
+            raise RuntimeError("CUDA error: no kernel image is available for execution\nmore")
+        return torch.zeros(size)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ones = torch.ones
-    monkeypatch.setattr(
-        torch, "ones", lambda *a, device: ones(*a) if device == "cpu" else no_kernel()
-    )
+    monkeypatch.setattr(torch, "ones", without_kernels)
     assert model.pick_device("auto") == torch.device("cpu")
     assert "no kernel image" in capsys.readouterr().err
     with pytest.raises(BadInput, match="--device cuda can't be used .*no kernel image"):
@@ -126,15 +104,30 @@ def test_a_device_that_is_missing_is_refused_in_a_short_line(name):
     assert len(str(refusal.value)) < 220
 
 
-TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
-            "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
+@pytest.fixture
+def torchrun(monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": 29500, "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_batch_size_that_is_no_multiple_of_the_processes_is_refused(torchrun, train):
+    assert_one_clear_line(train("--batch-size", 7, code=2), "7", "2 processes")
+
+
+@pytest.mark.parametrize("environment", [
+    {"RANK": "3"}, {"RANK": "0", "WORLD_SIZE": "4"}, {"RANK": "node-1", "WORLD_SIZE": "2"},
+])
+def test_the_rank_variables_of_a_platform_start_no_further_processes(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = SimpleNamespace(batch_size=4, device="cpu")
+    assert training.start_processes(args) == (0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("gpus, device, backend", [(0, "cpu", "gloo"), (2, "cuda", "nccl")])
-def test_processes_take_a_gpu_each_or_the_cpu_but_never_mps(gpus, device, backend, monkeypatch):
-    """MPS can't exchange gradients."""
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
+def test_processes_take_gpus_or_the_cpu(gpus, device, backend, torchrun, monkeypatch):
+    """Never MPS, which can't exchange gradients."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     chosen = []
@@ -145,15 +138,3 @@ def test_processes_take_a_gpu_each_or_the_cpu_but_never_mps(gpus, device, backen
     found = training.start_processes(SimpleNamespace(batch_size=4, device="auto"))
     assert found == (1, 2, torch.device(device))
     assert chosen == ([1, backend] if gpus else [backend])
-
-
-def test_some_tests_pass_in_a_dumb_terminal_a_notebook_and_a_cluster():
-    odd = {**TORCHRUN, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "9", "LC_ALL": "C",
-           "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    some = "redraws or honoured or curve or folder_is_refused"
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qp", "no:cacheprovider", "tests/test_animations.py",
-         "tests/test_runs.py", "-k", some], cwd=ROOT, env={**os.environ, **odd}, text=True,
-        capture_output=True, encoding="utf-8", timeout=180,
-    )
-    assert process.returncode == 0, process.stdout

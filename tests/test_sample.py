@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import (
-    TINY, TableModel, assert_every_call_unmasks, assert_one_clear_line, last, launch, no_space,
-    partly_masked, random_model, script,
+    TINY, Gone, TableModel, assert_every_call_unmasks, assert_one_clear_line, last, launch,
+    partly_masked, random_model, script, seeded,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import sample
 from model import DiffusionConfig, save_weights
 from sample import (
-    Proposal, SamplerConfig, ancestral, denoise, dilated, draft_and_correct, draw, everything, fill,
+    Proposal, SamplerConfig, ancestral, denoise, dilated, draft_and_correct, draw, fill,
     left_to_right, threshold, top_k, uniform,
 )
 
@@ -31,10 +31,6 @@ RULES = {
     "left to right": partial(left_to_right, k=2),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @every_rule
@@ -50,17 +46,11 @@ def test_every_network_call_of_denoise_keeps_known_characters_and_unmasks_more(
 
 
 @every_rule
-def test_equal_seeds_give_equal_texts_and_other_seeds_other_texts(rule):
-    model, x = random_model(), torch.zeros(1, 32, dtype=torch.long)
-    texts = [last(denoise(model, x, rule, 1.0, seeded(seed))) for seed in (3, 3, 4)]
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-
-
-def test_neighbouring_seeds_share_no_sample():
+def test_equal_seeds_give_equal_texts_and_neighbouring_seeds_share_no_text(rule):
     """In an earlier version, row r of seed s was row r - 1 of seed s + 1."""
     model, x = random_model(), torch.zeros(8, 32, dtype=torch.long)
-    rows = torch.cat([last(denoise(model, x, dilated, 1.0, seeded(seed))) for seed in (0, 1, 2)])
-    assert len(rows.unique(dim=0)) == 24
+    again, one, other = (last(denoise(model, x, rule, 1.0, seeded(seed))) for seed in (3, 3, 4))
+    assert torch.equal(again, one) and len(torch.cat((one, other)).unique(dim=0)) == 16
 
 
 def plain_top_k(model, ids, k):
@@ -119,6 +109,13 @@ def left_to_right_distribution(model):
     return total
 
 
+def assert_drawn_from(probabilities, counts):
+    """By chi-squared, whose mean is the degrees of freedom and whose variance is twice as much."""
+    n, degrees = sum(counts), len(counts) - 1
+    terms = [(count - n * p) ** 2 / (n * p) for count, p in zip(counts, probabilities, strict=True)]
+    assert sum(terms) < degrees + 4 * math.sqrt(2 * degrees)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rule, distribution", [
     (partial(ancestral, steps=4), partial(exact_reverse_process, steps=4)),
@@ -132,9 +129,7 @@ def test_sampling_draws_from_the_exact_distribution(rule, distribution):
     x = last(denoise(model, torch.zeros(n, 3, dtype=torch.long), rule, 1, seeded()))
     found, counts = x.unique(dim=0, return_counts=True)
     observed = dict(zip(map(tuple, found.tolist()), counts.tolist(), strict=True))
-    chi2 = sum((observed.get(x_0, 0) - n * p) ** 2 / (n * p) for x_0, p in expected.items())
-    degrees = len(expected) - 1  # 26; chi-squared has mean 26 and standard deviation sqrt(52)
-    assert chi2 < degrees + 4 * math.sqrt(2 * degrees)
+    assert_drawn_from(expected.values(), [observed.get(x_0, 0) for x_0 in expected])
 
 
 def numbers(u, monkeypatch):
@@ -142,7 +137,7 @@ def numbers(u, monkeypatch):
     monkeypatch.setattr(sample, "uniform", lambda x, generator: u)
 
 
-@pytest.mark.parametrize("temperature", [1e-39, 1e-6, 0.5, 100])
+@pytest.mark.parametrize("temperature", [0, 1e-39, 1e-6, 0.5, 100])
 def test_every_temperature_draws_characters_that_have_a_probability(temperature, monkeypatch):
     log_p = torch.randn(3, 50, 128).masked_fill(torch.arange(128) == 0, -math.inf).log_softmax(-1)
     for u in (torch.zeros(3, 50), torch.rand(3, 50), torch.full((3, 50), 1 - 2**-24)):
@@ -153,21 +148,9 @@ def test_every_temperature_draws_characters_that_have_a_probability(temperature,
             assert torch.equal(drawn, log_p.argmax(-1))
 
 
-def test_characters_are_drawn_with_their_tempered_probabilities(monkeypatch):
-    log_p = torch.tensor([-math.inf, math.log(0.5), math.log(0.3), math.log(0.2)])
-    numbers((torch.arange(10_000) + 0.5)[None] / 10_000, monkeypatch)
-    drawn = draw(log_p.expand(1, 10_000, 4), 0.5, None)
-    expected = torch.tensor([0, 0.25, 0.09, 0.04]) / 0.38
-    shares = drawn.flatten().bincount(minlength=4) / 10_000
-    torch.testing.assert_close(shares, expected, rtol=0, atol=2e-4)
-    assert (draw(log_p.expand(1, 10_000, 4), 0, None) == 1).all()
-
-
 @pytest.mark.parametrize("min_p, weights", [(0, [0.25, 0.09, 0.04]), (0.5, [0.25, 0.09, 0]),
                                             (0.7, [1, 0, 0]), (1, [1, 0, 0])])
-def test_min_p_leaves_out_the_unlikely_and_keeps_the_proportions_of_the_rest(
-    min_p, weights, monkeypatch
-):
+def test_draws_have_tempered_probabilities_but_not_below_min_p(min_p, weights, monkeypatch):
     log_p = torch.tensor([-math.inf, math.log(0.5), math.log(0.3), math.log(0.2)])
     numbers((torch.arange(10_000) + 0.5)[None] / 10_000, monkeypatch)
     drawn = draw(log_p.expand(1, 10_000, 4), 0.5, None, min_p)
@@ -176,14 +159,10 @@ def test_min_p_leaves_out_the_unlikely_and_keeps_the_proportions_of_the_rest(
     torch.testing.assert_close(shares, expected, rtol=0, atol=2e-4)
 
 
-def proposal(p, chosen, masked):
-    p, chosen, masked = torch.tensor(p), torch.tensor(chosen), torch.tensor(masked)
-    return Proposal(p.log(), chosen, masked, torch.rand(chosen.shape))
-
-
 def test_threshold_and_top_k_unmask_the_positions_computed_by_hand():
-    p = [[[0, 0.9, 0.1], [0, 0.6, 0.4], [0, 0.95, 0.05], [0, 0.99, 0.01]]]
-    seen = proposal(p, [[1, 1, 1, 1]], [[True, True, True, False]])
+    p = torch.tensor([[[0, 0.9, 0.1], [0, 0.6, 0.4], [0, 0.95, 0.05], [0, 0.99, 0.01]]])
+    chosen, masked = torch.tensor([[1, 1, 1, 1]]), torch.tensor([[True, True, True, False]])
+    seen = Proposal(p.log(), chosen, masked, None)
     assert threshold(seen, tau=0.9).tolist() == [[True, False, True, False]]
     assert threshold(seen, tau=0.97).tolist() == [[False, False, True, False]]
     assert (top_k(seen, k=2) & seen.masked).tolist() == [[True, False, True, False]]
@@ -216,9 +195,7 @@ def test_dilated_begins_at_random_places_and_needs_no_more_calls_than_turns():
 # ---- whole texts
 
 
-def test_every_sweep_remasks_each_new_character_once_and_only_the_first_one_sentence_ends(
-    monkeypatch
-):
+def test_every_sweep_remasks_each_new_character_but_only_the_first_sentence_ends(monkeypatch):
     monkeypatch.setattr(sample, "SENTENCE_ENDS", torch.arange(96, 128))
     model, x = random_model(), partly_masked(3, 32, 0.9, seed=4)
     open_to_change, remasked = x == 0, []
@@ -236,7 +213,7 @@ def test_every_sweep_remasks_each_new_character_once_and_only_the_first_one_sent
 def test_a_stride_beyond_the_text_redraws_each_character_alone_and_makes_no_empty_call():
     model, x, calls = random_model(), partly_masked(2, 32, 0.5, seed=4), []
     model.register_forward_hook(lambda module, inputs, log_p: calls.append((inputs[0] == 0).sum(1)))
-    config = SamplerConfig(everything, sweeps=2, stride=10**9)
+    config = SamplerConfig(partial(dilated, turns=1), sweeps=2, stride=10**9)
     last(draft_and_correct(model, x, x == 0, config, seeded()))
     corrections = torch.stack(calls[1:])
     assert corrections.max() == 1 and len(corrections) == 2 * (x == 0).sum(1).max()
@@ -248,61 +225,49 @@ def test_the_corrector_at_temperature_one_turns_independent_draws_into_joint_one
     call draws one from its exact distribution given the other."""
     config = DiffusionConfig(sequence_len=2, vocab_size=3, diffusion_steps=4, context_len=0)
     joint = torch.tensor([[0.4, 0.1], [0.2, 0.3]])  # p(x_0, x_1) over the characters 1 and 2
-
-    class Exact(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.config = config
-
-        def forward(self, x_t, index):
-            p = torch.full((len(x_t), 2, 3), 1e-9)
-            for i, table in ((0, joint), (1, joint.T)):
-                other = x_t[:, 1 - i]
-                conditional = table[:, (other - 1).clamp(min=0)].T
-                p[:, i, 1:] = torch.where((other == 0)[:, None], table.sum(1), conditional)
-            return p.log()
-
-    n = 20_000
-    how = SamplerConfig(everything, 1.0, sweeps=8, sweep_min_p=0.0, stride=2)
-    blank = torch.zeros(n, 2, dtype=torch.long)
-    x = last(draft_and_correct(Exact(), blank, blank == 0, how, seeded()))
-    places = x[:, 0] - 1, x[:, 1] - 1
-    counts = torch.zeros(2, 2).index_put(places, torch.ones(n), accumulate=True)
-    assert ((counts - n * joint) ** 2 / (n * joint)).sum() < 3 + 4 * math.sqrt(6)
+    exact = TableModel(config)
+    for a, b in itertools.product(range(3), repeat=2):  # x_t, where 0 is [MASK]
+        first = joint[:, b - 1] if b else joint.sum(1)
+        second = joint[a - 1] if a else joint.sum(0)
+        exact.table[a + 3 * b, :, 1:] = torch.stack((first, second)).log()
+    at_once = partial(dilated, turns=1)
+    how = SamplerConfig(at_once, 1.0, sweeps=8, sweep_min_p=0.0, stride=2)
+    blank = torch.zeros(20_000, 2, dtype=torch.long)
+    x = last(draft_and_correct(exact, blank, blank == 0, how, seeded()))
+    counts = (2 * (x[:, 0] - 1) + x[:, 1] - 1).bincount(minlength=4)
+    assert_drawn_from(joint.flatten().tolist(), counts.tolist())
 
 
 def ids(text):
+    """Ids (1, N) of a text, where \\0 is [MASK]."""
     return torch.tensor([list(text.encode())], dtype=torch.long)
 
 
-def continuation(prompt, num_blanks, config, model=None):
-    """How many characters are final after every window, and the whole text (1, N)."""
-    x = torch.cat((ids(prompt), torch.zeros(1, num_blanks, dtype=torch.long)), 1)
-    *states, (x, final) = fill(model or random_model(), x, config, seeded(1))
-    return [final for _, final in states] + [final], x
+def filled(x, config, model=None):
+    """How many characters of x are final after every window, and x in the end. Checks what always
+    holds: more and more characters are final, which means full and unchanged from then on."""
+    states = [(x, 0), *fill(model or random_model(), x, config, seeded(1))]
+    for (before, final), (after, next_final) in itertools.pairwise(states):
+        assert final < next_final and (after[:, :next_final] != 0).all()
+        assert torch.equal(before[:, :final], after[:, :final])
+    result, final = states[-1]
+    assert final == x.size(1) and torch.equal(result[x != 0], x[x != 0])
+    return [final for _, final in states[1:]], result
 
 
 SHORT = SamplerConfig(block_len=8, lookback=8)
 
 
 def test_windows_continue_one_another_and_leave_half_the_lookback_to_the_corrector():
-    finals, x = continuation("To be", 32, SHORT)
-    assert finals == [9, 17, 25, 37] and (x != 0).all()
-    assert x[0, :5].tolist() == list(b"To be")
-    finals, _ = continuation("To be", 32, replace(SHORT, sweeps=0))
-    assert finals == [13, 21, 29, 37]
-
-
-def test_characters_that_fill_reports_as_final_do_not_change():
-    states = list(fill(random_model(), torch.zeros(2, 50, dtype=torch.long), SHORT, seeded()))
-    for (before, final), (after, _) in itertools.pairwise(states):
-        assert torch.equal(before[:, :final], after[:, :final])
+    x = ids("To be" + 32 * "\0")
+    assert filled(x, SHORT)[0] == [9, 17, 25, 37]
+    assert filled(x, replace(SHORT, sweeps=0))[0] == [13, 21, 29, 37]
 
 
 def test_only_the_lookback_at_the_end_of_a_prompt_conditions_a_continuation():
     config = replace(SHORT, lookback=5)
-    _, one = continuation("And so To be", 24, config)
-    _, other = continuation("xyzXYZ To be", 24, config)
+    _, one = filled(ids("And so To be" + 24 * "\0"), config)
+    _, other = filled(ids("xyzXYZ To be" + 24 * "\0"), config)
     assert torch.equal(one[:, 12:], other[:, 12:])
 
 
@@ -330,8 +295,7 @@ def test_every_block_length_and_lookback_writes_text_or_is_refused(
     else:
         model = random_model(replace(TINY, sequence_len=sequence_len, context_len=0))
         config = sample.sampler_config(args, sequence_len)
-        _, x = continuation("x" * prompt, 20, config, model)
-        assert x.size(1) == prompt + 20 and (x != 0).all()
+        filled(ids(prompt * "x" + 20 * "\0"), config, model)
 
 
 @settings(max_examples=25, deadline=None)
@@ -339,77 +303,65 @@ def test_every_block_length_and_lookback_writes_text_or_is_refused(
        st.integers(1, 3), st.sampled_from([1, 2, 5, 32]))
 def test_filling_changes_only_the_gaps_of_a_text_of_any_length(text, num_samples, sequence_len):
     model = random_model(replace(TINY, sequence_len=sequence_len, context_len=0))
-    x = ids(text)
-    gaps = x == ord("_")
-    filled = x.masked_fill(gaps, 0).repeat(num_samples, 1)
-    finals = [0]
-    for filled, final in fill(model, filled, SamplerConfig(block_len=1, lookback=0), seeded(2)):
-        assert final > finals[-1] and (filled[:, :final] != 0).all()
-        finals.append(final)
-    assert final == x.size(1) and (filled != 0).all()
-    assert torch.equal(filled[:, ~gaps[0]], x[:, ~gaps[0]].expand(num_samples, -1))
+    x = ids(text.replace("_", "\0")).repeat(num_samples, 1)
+    filled(x, SamplerConfig(block_len=1, lookback=0), model)
 
 
 # ---- the command
 
 
-def test_sample_prints_text_alone_to_stdout_from_any_folder(tiny_weights, tmp_path, command):
-    prompt = "ROMEO: a long prompt is printed whole"
-    arguments = ["--weights", tiny_weights, "--block-len", 8, "--lookback", 8, "--num-blocks", 3,
-                 "--prompt", prompt]
-    process = script("sample.py", *arguments, cwd=tmp_path)
+@pytest.fixture
+def written(tiny_weights, command):
+    """Calls sample.py with tiny weights. Returns what it writes to stdout."""
+    return lambda *flags: command(sample.main, "--weights", tiny_weights, *flags, code=0).stdout
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def feed(raw):
+        stream = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    return feed
+
+
+def test_sample_prints_text_alone_to_stdout_from_any_folder(tiny_weights, tmp_path, written):
+    prompt = "ROMEO: a prompt longer than a window is printed whole"
+    flags = ["--block-len", 8, "--lookback", 8, "--num-blocks", 3, "--prompt", prompt]
+    process = script("sample.py", "--weights", tiny_weights, *flags, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith(prompt) and len(process.stdout) == len(prompt) + 24 + 1
     assert "24 characters in" in process.stderr
     # The pipe is read in text mode, which turns \r into \n
-    assert command(sample.main, *arguments).stdout.replace("\r", "\n") == process.stdout
+    assert written(*flags).replace("\r", "\n") == process.stdout
 
 
-def test_without_a_prompt_sample_continues_two_line_ends_that_it_does_not_print(
-    tiny_weights, command
-):
+def test_without_a_prompt_sample_continues_two_line_ends_that_it_does_not_print(written):
     """In the corpus, a speaker follows two line ends."""
-    alone = command(sample.main, "--weights", tiny_weights, "--num-blocks", 2).stdout
-    given = command(sample.main, "--weights", tiny_weights, "--num-blocks", 2, "--prompt", "\n\n")
-    assert given.stdout == "\n\n" + alone and len(alone) == 2 * 28 + 1
+    alone = written("--num-blocks", 2)
+    assert written("--num-blocks", 2, "--prompt", "\n\n") == "\n\n" + alone
+    assert len(alone) == 2 * 28 + 1
+    assert len(written("--num-blocks", 1, "--block-len", 32)) == 32 + 1  # they need not fit
 
 
-def test_sample_separates_several_samples_and_fills_gaps(tiny_weights, command, stdin):
-    stdin(b"\xef\xbb\xbfTo __ or not")  # with a byte order mark
-    process = command(sample.main, "--weights", tiny_weights, "--num-samples", 3, "--infill", "-")
-    texts = re.split(r"\n*----- sample \d -----\n", process.stdout)
+def test_sample_separates_several_samples_and_fills_gaps(written, stdin):
+    stdin(b"\xef\xbb\xbfTo __\r\nor not")  # with a byte order mark, and CR LF for LF
+    texts = re.split(r"\n*----- sample \d -----\n", written("--num-samples", 3, "--infill", "-"))
     assert len(texts) == 3
-    assert all(text.startswith("To ") and text.rstrip("\n").endswith(" or not") for text in texts)
+    assert all(text.startswith("To ") and text.rstrip("\n").endswith("\nor not") for text in texts)
 
 
-def test_sample_reads_crlf_as_lf_in_prompts_prompt_files_and_stdin(
-    tiny_weights, tmp_path, command, stdin
-):
-    prompt = "ROMEO:\nGood morrow.\n"
-    (tmp_path / "crlf.txt").write_bytes(prompt.replace("\n", "\r\n").encode())
-    flags = ["--weights", tiny_weights, "--num-blocks", 1]
-    expected = command(sample.main, *flags, "--prompt", prompt).stdout
-    assert command(sample.main, *flags, "--prompt-file", tmp_path / "crlf.txt").stdout == expected
-    assert command(sample.main, *flags, "--prompt", prompt.replace("\n", "\r\n")).stdout == expected
-    stdin(b"a\r\n_")
-    assert command(sample.main, *flags[:2], "--infill", "-").stdout.startswith("a\n")
-
-
-def test_weights_of_sequence_length_1_write_and_fill(tmp_path, command):
-    save_weights(random_model(replace(TINY, sequence_len=1, context_len=0)), {}, tmp_path / "w.pt")
-    for arguments in (["--num-blocks", 5], ["--infill", "a__b_"]):
-        process = command(sample.main, "--weights", tmp_path / "w.pt", *arguments)
-        assert process.returncode == 0 and len(process.stdout) == 5 + 1
-
-
-def test_a_prompt_longer_than_a_window_is_continued(command):
-    prompt = "ROMEO:\n" + 12 * "What light through yonder window breaks?\n"
-    process = command(sample.main, "--num-blocks", 1, "--prompt", prompt)
-    assert process.stdout.startswith(prompt) and len(process.stdout) == len(prompt) + 200 + 1
+def test_sample_reads_crlf_as_lf_in_prompts_and_prompt_files(written, tmp_path):
+    prompt, crlf = "ROMEO:\nGood morrow.\n", "ROMEO:\r\nGood morrow.\r\n"
+    (tmp_path / "crlf.txt").write_bytes(crlf.encode())
+    expected = written("--num-blocks", 1, "--prompt", prompt)
+    assert written("--num-blocks", 1, "--prompt", crlf) == expected
+    assert written("--num-blocks", 1, "--prompt-file", tmp_path / "crlf.txt") == expected
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--num-blocks", 2, "--num-samples", 2], ["--infill", "To ___\nor not ____"],
+    ["--num-blocks", 2, "--block-len", 60, "--num-samples", 2],
+    ["--infill", "To ___\nor not ____"],
 ], ids=["streaming", "infilling"])
 def test_a_terminal_shows_the_text_that_a_pipe_gets(arguments, command, screen):
     """The line on stderr must not stand among the lines of the text, nor write over them."""
@@ -435,7 +387,6 @@ def test_sample_ends_quietly_when_its_pipe_is_closed(tiny_weights):
     (["--temperature", "-1"], ["-1", "from 0"]),
     (["--temperature", "warm"], ["warm", "number"]),
     (["--tau", "1.5"], ["1.5", "to 1"]),
-    (["--k", "0"], ["'0'", "from 1"]),
     (["--turns", "2.5"], ["2.5", "whole number"]),
     (["--infill", "a_b", "--num-blocks", "2"], ["--num-blocks 2", "--infill"]),
     (["--prompt", "caf\u00e9"], ["\u00e9", "position 3", "ASCII", "trained from scratch"]),
@@ -447,63 +398,31 @@ def test_sample_ends_quietly_when_its_pipe_is_closed(tiny_weights):
     (["--quality", "middling"], ["middling", "fast"]),
     (["--quality", "best", "--method", "top-k"], ["--quality", "dilated", "--k"]),
     (["--device", "toaster"], ["toaster"]),
-    (["--prompt", "na\u00efve"], ["\u00ef", "position 2"]),
     (["--infill", "caf\udce9 _"], ["position 3"]),
     (["--prompt-file", "nowhere.txt"], ["nowhere.txt"]),
-    (["--prompt-file", ""], ["."]),
     (["--block-len", "30", "--lookback", "20"], ["30", "20", "32"]),
     (["--block-len", "32", "--prompt", "a"], ["32", "prompt"]),
     (["--infill", "a _", "--prompt", "b"], ["--infill", "--prompt"]),
     (["--infill", "To be, or [MASK]"], ["no gap", "underscore"]),
     (["--infill", ""], ["no gap"]),
+    (["--infill", "-"], ["-", "utf-8", "0xe9", "position 3"]),
     (["--weights", "."], ["weights file ."]),
     (["--weights", "nowhere.pt"], ["nowhere.pt", "No such file"]),
 ])
-def test_bad_input_to_sample_is_refused_in_one_line(arguments, words, tiny_weights, command):
+def test_bad_input_to_sample_is_refused_in_one_line(arguments, words, tiny_weights, command, stdin):
+    stdin(b"caf\xe9 ___")
     assert_one_clear_line(command(sample.main, "--weights", tiny_weights, *arguments), *words)
 
 
-def test_without_a_prompt_a_block_may_be_as_long_as_the_sequence_length(tiny_weights, command):
-    process = command(sample.main, "--weights", tiny_weights, "--block-len", 32, "--num-blocks", 1)
-    assert process.returncode == 0 and len(process.stdout) == 32 + 1, process.stderr
+def test_a_character_of_several_bytes_survives_the_edge_of_a_window(tmp_path, command):
+    config = replace(TINY, vocab_size=256, sequence_len=4, context_len=0)
+    save_weights(random_model(config), {}, tmp_path / "w.pt")
+    text = "_\u2603_\u2603_"  # the first window has four bytes, of which three are final
+    process = command(sample.main, "--weights", tmp_path / "w.pt", "--infill", text)
+    assert process.stdout.count("\u2603") == 2
 
 
-def test_the_temperature_may_be_tiny(tiny_weights, command):
-    process = command(sample.main, "--weights", tiny_weights, "--num-blocks", 1,
-                      "--temperature", "1e-39")
-    assert process.returncode == 0 and len(process.stdout) == 28 + 1, process.stderr
-
-
-@pytest.fixture
-def stdin(monkeypatch):
-    def feed(raw):
-        stream = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8")
-        monkeypatch.setattr(sys, "stdin", stream)
-
-    return feed
-
-
-def test_bad_stdin_is_refused_in_one_line(tiny_weights, command, stdin):
-    stdin(b"caf\xe9 ___")
-    process = command(sample.main, "--weights", tiny_weights, "--infill", "-")
-    assert_one_clear_line(process, "-", "utf-8", "0xe9", "position 3")
-
-
-def test_multibyte_characters_survive_the_edge_of_a_window(tiny_weights, command, monkeypatch):
-    text = "caf\u00e9 \u2603 \U0001f600!"
-    raw = torch.tensor([list(text.encode())])
-    ends = range(1, raw.size(1) + 1)
-    monkeypatch.setattr(sample, "text_to_fill", lambda *_: raw[0])
-    monkeypatch.setattr(sample, "fill", lambda *_: ((raw, end) for end in ends))
-    process = command(sample.main, "--weights", tiny_weights, "--prompt", "x")
-    assert process.stdout == text + "\n"
-
-
-def test_sample_writes_its_text_when_stderr_cannot_be_written(tiny_weights, command, monkeypatch):
-    class Gone(io.StringIO):
-        def write(self, text):
-            no_space()
-
-    monkeypatch.setattr(sys, "stderr", Gone())
-    process = command(sample.main, "--weights", tiny_weights, "--num-blocks", 1)
-    assert process.returncode == 0 and len(process.stdout) == 29
+@pytest.mark.parametrize("stderr", [Gone(), None], ids=["full disk", "none: 2>&- or pythonw"])
+def test_sample_writes_its_text_when_stderr_cannot_be_written(stderr, written, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert len(written("--num-blocks", 1)) == 28 + 1
