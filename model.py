@@ -1,10 +1,11 @@
 """A masked (absorbing-state) diffusion language model over characters.
 
-Everything that defines the model is here: config, network, diffusion (forward process, objective,
-bound), characters and corpus, checkpoint; at the end, what all scripts share. `training.py` fits
-the model, `sample.py` runs it in reverse.
+Everything that defines the model is here: config, network, diffusion (forward process, loss of a
+prediction, bound), characters and corpus, checkpoint; at the end, what all scripts share.
+`training.py` fits the model, `sample.py` runs it in reverse.
 
-Symbols, here and in the papers (MDLM, arXiv 2406.07524; MD4, arXiv 2406.04329):
+Symbols, most of them also in MD4, arXiv 2406.04329 (MDLM, arXiv 2406.07524, writes x, z_t, T and L
+for x_0, x_t, S and T):
 
     x_0             clean text, (B, T) ids of characters: a character is a byte of UTF-8 text
     x_t             the same text with some characters replaced by [MASK]
@@ -13,7 +14,7 @@ Symbols, here and in the papers (MDLM, arXiv 2406.07524; MD4, arXiv 2406.04329):
     time_index      what the network is told: the level of the masked count (`noise_index`), 0..S-1
     alpha           probability that a character is visible at level t: 1 - t / diffusion_steps
     m               number of masked characters in a sequence
-    log_p           log p(x_0 | x_t), (B, T, V); it has a meaning at masked positions
+    log_p           log p(x_0 | x_t), (B, T, V), meaningful at masked positions
     NELBO           negative evidence lower bound: an upper bound on -log p(x_0)
     B, T, V         batch, sequence length, vocabulary size
     C, H, D         channels, attention heads, channels per head
@@ -47,7 +48,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that act on
 
 
 class BadInput(ValueError):
-    """Something that the user gave can't be used; the message is one line for them to read."""
+    """Ends the program with one line for the user: something that they gave can't be used."""
 
 
 @dataclass
@@ -112,8 +113,9 @@ class Attention(nn.Module):
     def attend(q, k, v):
         """softmax(q k^T / sqrt(D)) v, (B, H, T, D): every position attends to all positions.
 
-        On a CPU as plain products: the fused kernel is slower there, its backward pass up to three
-        times. Static, so that a function with another mask can replace it (causal_twin.py)."""
+        On a CPU as plain products: the fused kernel is slower there, up to three times in the
+        backward pass. Static, so that a function with another mask can replace it (the GPT twin of
+        tests/experiments/causal_twin.py)."""
         if q.device.type == "cpu":
             return ((q * q.size(-1) ** -0.5) @ k.mT).softmax(-1) @ v
         return F.scaled_dot_product_attention(q, k, v)
@@ -134,7 +136,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())           # (B, T, C); arXiv 2109.08668
+        # Squared ReLU: Primer, arXiv 2109.08668
+        return self.c_proj(F.relu(self.c_fc(x)).square())           # (B, T, C)
 
 
 class Block(nn.Module):
@@ -163,19 +166,18 @@ class DiffusionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """token_emb: normal, std 1. time_emb: zero, so that all noise levels share what they learn
-        first. The two c_proj of a block and output_head: zero, so that every block starts as the
-        identity and every character is equally likely. The others: normal, with
-        std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in)."""
-        for name, parameter in self.named_parameters():
-            if "token_emb" in name:
-                nn.init.normal_(parameter)
-            elif any(part in name for part in ("time_emb", "c_proj", "output_head")):
-                nn.init.zeros_(parameter)
-            else:
-                fan_out, fan_in = parameter.shape
-                std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
-                nn.init.normal_(parameter, std=std)
+        """The two c_proj of a block and output_head begin with zeros, so that every block is the
+        identity and every character is equally likely. time_emb begins with zeros, so that the
+        network first learns what all noise levels have in common."""
+        nn.init.normal_(self.token_emb.weight)
+        nn.init.zeros_(self.time_emb.weight)
+        nn.init.zeros_(self.output_head.weight)
+        for block in self.blocks:
+            attn, mlp = block.attn, block.mlp
+            for linear in (attn.c_q, attn.c_k, attn.c_v, mlp.c_fc):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            for linear in (attn.c_proj, mlp.c_proj):
+                nn.init.zeros_(linear.weight)
 
     def forward(self, x_t, time_index):
         """log p(x_0 | x_t) at every position, (B, T, V) in float32, from ids x_t (B, T) and time
@@ -196,9 +198,10 @@ class DiffusionTransformer(nn.Module):
 
 
 def noise_index(masked, diffusion_steps: int):
-    """The network's time index (B,) for sequences whose `masked` (B, T) positions are hidden:
-    t - 1 with t = ceil(diffusion_steps * m / T), or 0 where nothing is masked. Training, evaluation
-    and sampling all use this one rule, so the index always says how noisy the input is."""
+    """The network's time index (B,) for sequences whose `masked` (B, T) positions are hidden. The
+    network is not told the level t that was drawn, but the level that the share of masked
+    characters suggests: ceil(diffusion_steps * m / T) - 1, and 0 where nothing is masked. Training,
+    evaluation and sampling all use this one rule."""
     m, T = masked.sum(1), masked.size(1)
     return ((diffusion_steps * m + T - 1) // T - 1).clamp(min=0)
 
@@ -216,21 +219,27 @@ def q_sample(x_0, t, config: DiffusionConfig, generator=None, prefix_len=None):
     return x_0.masked_fill(masked, config.mask_token_id), masked
 
 
+def masked_mean(values, masked):
+    """Mean of values (B, T) over the masked positions of each row, (B,); 0 for a row with nothing
+    masked."""
+    return values.masked_fill(~masked, 0.0).sum(1) / masked.sum(1).clamp(min=1)
+
+
 def masked_nll(log_p, x_0, masked):
-    """Mean over the masked positions of -log p(x_i | x_t), in nats per character, (B,); 0 for a row
-    with nothing masked."""
+    """Mean over the masked positions of -log p(x_i | x_t), in nats per character, (B,)."""
     nll = -log_p.gather(-1, x_0[..., None]).squeeze(-1)             # (B, T)
-    return nll.masked_fill(~masked, 0.0).sum(1) / masked.sum(1).clamp(min=1)
+    return masked_mean(nll, masked)
 
 
 def masked_count_weights(length: int, diffusion_steps: int) -> torch.Tensor:
-    """The bound as an average over the number of masked characters: weights (T,) for m = 1..T.
+    """The weights w (T,) by which the bound is an average over the masked count m = 1..T.
 
     The bound of arXiv 2406.07524 (eq. 8, discrete time) per character is
         NELBO = E_t[ (S / t) * sum over masked i of -log p(x_i | x_t) ] / T,   t uniform on 1..S,
     and given t the count m is Binomial(T, t / S), with every subset of m positions equally likely.
     So it equals sum_m w(m) * E[masked_nll | m] with w(m) = sum_t Binomial(m; T, t/S) * m / (T * t).
-    The weights sum to 1 (E[m] = T t / S) and approach 1 / T as S grows (RADD, arXiv 2406.03736)."""
+    The weights sum to 1, because E[m] = T t / S, and approach 1 / T as S grows (RADD, arXiv
+    2406.03736)."""
     m = torch.arange(1, length + 1, dtype=torch.float64)
     t = torch.arange(1, diffusion_steps + 1, dtype=torch.float64)[:, None]
     p = t / diffusion_steps
@@ -321,7 +330,7 @@ def load_corpus(path: Path | str, config: DiffusionConfig):
     twelve sequences, or has a character outside the vocabulary."""
     text = read_text(path)
     ids = encode_text(text, config)
-    if len(ids) < 12 * config.sequence_len:  # 9% of it, training's held-out slice, is a window
+    if len(ids) < 12 * config.sequence_len:  # so that training's held-out slice, 9%, has a sequence
         raise BadInput(f"{path}: {len(ids)} characters are too few; 12 sequences of "
                        f"{config.sequence_len} are the least")
     train, val = ids.tensor_split([int(0.9 * len(ids))])
@@ -382,9 +391,8 @@ def plain_name(name: str) -> str:
 
 
 def bfloat16_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the model's weights on the CPU, by plain name, in half the bytes of float32."""
-    state = model.state_dict()
-    return {plain_name(name): state[name].to("cpu", torch.bfloat16) for name in state}
+    """A copy of the model's weights on the CPU, in half the bytes of float32."""
+    return {name: x.to("cpu", torch.bfloat16) for name, x in model.state_dict().items()}
 
 
 def save_weights(model: nn.Module, meta: dict, path: Path) -> Path | None:
@@ -494,9 +502,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether this project multiplies in bfloat16 on the device: on CUDA and on CPUs, if the
-    hardware has units for it. A CPU without them emulates bfloat16, 100 times slower than float32.
-    """
+    """Whether to multiply in bfloat16 on the device: on CUDA and on CPUs, if the hardware has units
+    for it. A CPU without them emulates bfloat16, which is far slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,6 +1,6 @@
 """Write text with the diffusion model, or fill the gaps of a given text.
 
-    uv run sample.py                                  # 7,680 characters, streamed
+    uv run sample.py                                  # 7,600 characters, streamed
     uv run sample.py --prompt "ROMEO:" --num-blocks 4
     uv run sample.py --infill "To be, or ___ to be"
 """
@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,16 +33,16 @@ from model import (
 
 
 class Proposal(NamedTuple):
-    """What a rule sees at one step. It answers with the positions to unmask, (B, T) bool; where
-    nothing is masked, its answer has no effect."""
+    """What a rule sees at one step. The rule answers with the positions to unmask, (B, T) bool. Its
+    answer has no effect at positions that are not masked."""
 
-    log_p: torch.Tensor         # (B, T, V) log p(x_0 | x_t); no meaning where nothing is masked
+    log_p: torch.Tensor         # (B, T, V) log p(x_0 | x_t), meaningful at masked positions
     chosen: torch.Tensor        # (B, T) the character drawn at every position
     masked: torch.Tensor        # (B, T)
     unmask_time: torch.Tensor   # (B, T) uniform on [0, 1), the same at every step
 
     def confidence(self):
-        """Probability of the chosen character, (B, T); -1 where nothing is masked."""
+        """Probability of the chosen character, (B, T); -1 at positions that are not masked."""
         p = self.log_p.gather(-1, self.chosen[..., None]).squeeze(-1).exp()
         return p.masked_fill(~self.masked, -1.0)
 
@@ -62,7 +62,12 @@ def lowest(level, masked):
     return masked & (level == level.amin(1, keepdim=True))
 
 
-def dilated(proposal: Proposal, turns: int = 15):
+def van_der_corput(i: int) -> float:
+    """The binary digits of i, mirrored at the point: 0, 1/2, 1/4, 3/4, 1/8 ..."""
+    return int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length()
+
+
+def dilated(proposal: Proposal, turns: int = 20):
     """Every turns-th character of each row. Characters unmasked in one call are drawn independently
     of one another, which costs little where they stand far apart (arXiv 2506.19037). The turns
     follow in van der Corput's order, so that each lands in a wide gap between earlier ones. They
@@ -70,13 +75,12 @@ def dilated(proposal: Proposal, turns: int = 15):
     u = proposal.unmask_time
     start = (u[:, :1] * turns).long()                               # (B, 1)
     place = torch.arange(u.size(1), device=u.device) + start        # (B, T)
-    # Binary digits mirrored at the point, 0, 1/2, 1/4, 3/4, 1/8 ...: van der Corput's sequence
-    halving = [int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length() for i in range(turns)]
-    return lowest(torch.tensor(halving, device=u.device)[place % turns], proposal.masked)
+    order = torch.tensor([van_der_corput(i) for i in range(turns)], device=u.device)
+    return lowest(order[place % turns], proposal.masked)
 
 
 def threshold(proposal: Proposal, tau: float = 0.9):
-    """Every character with probability of at least tau, and the most confident one in any case.
+    """Every character with a probability of at least tau, and the most confident one in any case.
     Fast-dLLM, arXiv 2505.22618."""
     confidence = proposal.confidence()
     return (confidence >= tau) | best_k(confidence, 1)
@@ -99,10 +103,6 @@ def ancestral(proposal: Proposal, steps: int = 128):
 def left_to_right(proposal: Proposal, k: int = 1):
     """The k leftmost masked characters; k = 1 draws from the exact left-to-right distribution."""
     return proposal.masked.cumsum(1) <= k
-
-
-def everything(proposal: Proposal):
-    return proposal.masked
 
 
 METHODS = {  # name: (rule, the one flag that tunes it)
@@ -132,19 +132,19 @@ def draw(log_p, temperature: float, generator, min_p: float = 0.0):
     log_p = log_p.masked_fill(log_p.exp() < min_p, -math.inf)
     cdf = (log_p / max(temperature, 1e-6)).softmax(-1).cumsum(-1)   # (B, T, V)
     u = uniform(log_p[..., 0], generator)[..., None] * cdf[..., -1:]
-    # The first character whose cdf exceeds u; without the last entry, rounding can't leave V - 1
-    return torch.searchsorted(cdf[..., :-1].contiguous(), u, right=True).squeeze(-1)
+    index = torch.searchsorted(cdf, u, right=True).squeeze(-1)      # the first whose cdf exceeds u
+    return index.clamp(max=cdf.size(-1) - 1)                        # u may be rounded up to the sum
 
 
 @torch.inference_mode()
-def denoise(model, x, rule: Rule, temperature, generator, min_p=0.0) -> Iterator[torch.Tensor]:
+def denoise(model, x, rule: Rule, temperature, generator) -> Iterator[torch.Tensor]:
     """The one denoising loop. Fills x (B, T), which holds mask_token_id wherever a character is
     wanted; the rest stays. Yields x after every network call; the last one has nothing masked."""
     mask_token_id, S = model.config.mask_token_id, model.config.diffusion_steps
     unmask_time = uniform(x, generator)                             # (B, T)
     while (masked := x == mask_token_id).any():                     # (B, T)
         log_p = model(x, noise_index(masked, S))                    # (B, T, V)
-        chosen = draw(log_p, temperature, generator, min_p)         # (B, T)
+        chosen = draw(log_p, temperature, generator)                # (B, T)
         unmask = rule(Proposal(log_p, chosen, masked, unmask_time)) # (B, T)
         x = torch.where(unmask & masked, chosen, x)
         yield x
@@ -155,59 +155,66 @@ def denoise(model, x, rule: Rule, temperature, generator, min_p=0.0) -> Iterator
 
 @dataclass
 class SamplerConfig:
-    """How text is made."""
+    """Settings of the sampler."""
 
     rule: Rule = dilated
-    temperature: float = 0.88
-    sweeps: int = 5                 # how often the correction redraws every new character
-    sweep_min_p: float = 0.2        # the correction's min_p; 1 takes the likeliest
+    temperature: float = 0.9
+    sweeps: int = 4                 # how often the correction redraws the new characters
+    sweep_min_p: float = 0.3        # the correction's min_p; 1 takes the likeliest
     stride: int = 5                 # each correction call remasks every stride-th character
     block_len: int = 200            # new characters at a time
     lookback: int = 32              # characters that a block sees before it
 
 
 QUALITIES = {  # the best found at 31, 48 and 64 network calls per 240 characters (frontier.md)
-    "fast": SamplerConfig(partial(dilated, turns=16), temperature=0.83, sweeps=2),
+    "fast": SamplerConfig(partial(dilated, turns=16), 0.83, sweeps=2, sweep_min_p=0.2),
     "default": SamplerConfig(),
-    "best": SamplerConfig(partial(dilated, turns=23), sweeps=6),
+    "best": SamplerConfig(partial(dilated, turns=23), 0.88, sweeps=6, sweep_min_p=0.2),
 }
 SENTENCE_ENDS = torch.tensor(list(b".?!"))
 
 
+@torch.inference_mode()
 def draft_and_correct(model, x, region, config: SamplerConfig, generator):
     """Denoises x (B, T) and then corrects it within `region` (B, T). Yields x after every network
     call; the last one is the result.
 
-    Characters unmasked in the same call are sampled independently of one another. So every
-    stride-th character of the region is masked again and drawn anew given all the others, each in
-    its turn: Gibbs sampling, a remasking corrector (ReMDM, arXiv 2503.00307) that visits every
-    character equally often. It mends the spelling, as it never draws what is far less likely than
-    the likeliest. Only the first sweep redraws sentence ends: a full stop is nearly always
-    likelier than a question mark, so every sweep would leave fewer of those."""
-    stride = min(config.stride, int(region.sum(1).max()))  # no call without a character to redraw
-    turn = region.cumsum(1) % max(1, stride)
+    Characters unmasked in the same call are sampled independently of one another. So a correction
+    call masks every stride-th character of the region again and draws it anew, given all the
+    others. A sweep of `stride` calls reaches each character once. This is a remasking corrector
+    (ReMDM, arXiv 2503.00307). It mends the spelling, as it never draws what is far less likely than
+    the likeliest. Only the first sweep redraws sentence ends: a full stop is nearly always likelier
+    than a question mark, so every sweep would leave fewer of those."""
+    mask_token_id, S = model.config.mask_token_id, model.config.diffusion_steps
     for x in denoise(model, x, config.rule, config.temperature, generator):
         yield x
-    for phase in range(config.sweeps * stride):
-        remask = region & (turn == phase % stride)
-        if phase >= stride:
-            remask &= ~torch.isin(x, SENTENCE_ENDS.to(x.device))
-        x_t = x.masked_fill(remask, model.config.mask_token_id)
-        for x in denoise(model, x_t, everything, config.temperature, generator, config.sweep_min_p):
-            yield x
+    place = region.cumsum(1)                                        # (B, T)
+    stride = min(config.stride, int(place.max()))  # a short region needs fewer calls
+    for sweep in range(config.sweeps):
+        for phase in range(stride):
+            remask = region & (place % stride == phase)             # (B, T)
+            if sweep > 0:
+                remask &= ~torch.isin(x, SENTENCE_ENDS.to(x.device))
+            if remask.any():
+                log_p = model(x.masked_fill(remask, mask_token_id), noise_index(remask, S))
+                chosen = draw(log_p, config.temperature, generator, config.sweep_min_p)
+                x = torch.where(remask, chosen, x)
+                yield x
 
 
 def next_window(masked, config: SamplerConfig, sequence_len: int) -> tuple[int, int, int]:
-    """Where the next window of a text begins and ends, and up to where the text will be final, from
-    its `masked` positions (N,). The end of a window has not seen what will stand to its right, so
-    some of it stays open until the next window corrects it."""
+    """The next window of a text whose `masked` positions (N,) are still open: where it begins,
+    where it ends, and up to where the text will be final after it. The end of a window has not seen
+    what will stand to its right, so some of it stays open until the next window corrects it."""
     N, first = len(masked), int(masked.int().argmax())
     if masked[first:].all():  # only blanks follow: a block of them
-        start, stop, tail = first - config.lookback, first + config.block_len, config.lookback // 2
+        start = max(0, first - config.lookback)
+        stop = min(N, first + config.block_len)
+        tail = config.lookback // 2
     else:                     # a gap: as much around it as the model can see
-        start = min(first - sequence_len // 4, N - sequence_len)
-        stop, tail = max(0, start) + sequence_len, sequence_len // 4
-    start, stop = max(0, start), min(stop, N)
+        start = max(0, min(first - sequence_len // 4, N - sequence_len))
+        stop = min(N, start + sequence_len)
+        tail = sequence_len // 4
     if not masked[stop:].any():
         return start, stop, N
     if not config.sweeps:     # no correction will change the end of the window
@@ -219,13 +226,15 @@ def fill(model, x, config: SamplerConfig, generator) -> Iterator[tuple[torch.Ten
     """Fills the masked positions of x (B, N), the same ones in every row, from left to right and
     window by window. A prompt is a text followed by blanks. Yields x and the number of characters
     at its left that will not change any more."""
-    wanted, final = x == model.config.mask_token_id, 0
+    wanted = x == model.config.mask_token_id
+    final = 0
     while (masked := x[0].cpu() == model.config.mask_token_id).any():
         start, stop, next_final = next_window(masked, config, model.config.sequence_len)
         region = wanted[:, start:stop].clone()
         region[:, : max(0, final - start)] = False
         *_, window = draft_and_correct(model, x[:, start:stop], region, config, generator)
-        x, final = torch.cat((x[:, :start], window, x[:, stop:]), 1), next_final
+        x = torch.cat((x[:, :start], window, x[:, stop:]), 1)
+        final = next_final
         yield x, final
 
 
@@ -241,25 +250,24 @@ def add_model_arguments(parser: CommandLine) -> None:
 
 def add_sampler_arguments(parser: CommandLine) -> None:
     add = parser.add_argument_group("sampling").add_argument
-    default = SamplerConfig()
-    add("--quality", choices=QUALITIES, help="dilated: network calls to spend on 240 characters, "
-        "about 32, 48 or 64; the flags below override it (default: default)")
+    add("--quality", choices=QUALITIES, help="dilated: 26, 40 or 53 network calls for a block of "
+        "200 characters; the flags below override it (default: the one of that name)")
     add("--method", choices=METHODS, default="dilated",
         help="which characters a network call unmasks: those far apart, the k most confident, the "
         "k leftmost, those above a confidence, or those of the reverse process")
     add("--turns", type=number(int, 1, 10_000), help="dilated: calls in which a draft is complete "
-        "(default: 16, 15 or 23, by --quality)")
+        "(default: 16, 20 or 23, by --quality)")
     add("--k", type=COUNT, help="top-k and left-to-right: characters per call (default: 20 and 1)")
     add("--tau", type=number(float, 0, 1), help="threshold: least confidence (default: 0.9)")
     add("--steps", type=COUNT, help="ancestral: levels of the reverse process (default: 128)")
     add("--temperature", type=TEMPERATURE, help="of every draw; 0 always takes the likeliest "
-        f"character (default: {default.temperature}, or 0.83 if --quality fast)")
-    add("--sweeps", type=number(int, 0, 1000), help="how often the correction redraws every new "
-        "character (default: 2, 5 or 6, by --quality; left-to-right: 0)")
-    add("--sweep-min-p", type=number(float, 0, 1), default=default.sweep_min_p, help="the sweeps "
-        "draw no character less likely than this share of the likeliest; 1 takes the likeliest")
-    add("--stride", type=COUNT, default=default.stride,
-        help="each correction call remasks every stride-th character")
+        "character (default: 0.83, 0.9 or 0.88, by --quality)")
+    add("--sweeps", type=number(int, 0, 1000), help="how often the correction redraws the new "
+        "characters (default: 2, 4 or 6, by --quality; left-to-right: 0)")
+    add("--sweep-min-p", type=number(float, 0, 1), help="the sweeps draw no character less likely "
+        "than this share of the likeliest (default: 0.2, 0.3 or 0.2, by --quality)")
+    add("--stride", type=COUNT, help="each correction call masks every stride-th character "
+        "(default: 5)")
     add("--block-len", type=COUNT, help="characters per block (default: 200, or seven eighths "
         "of the model's sequence length if that is less)")
     add("--lookback", type=number(int, 0),
@@ -268,39 +276,41 @@ def add_sampler_arguments(parser: CommandLine) -> None:
 
 def sampler_config(args: argparse.Namespace, T: int) -> SamplerConfig:
     """What the flags ask for, for a model of sequence length T. Raises BadInput for a flag that
-    belongs to another method, and for lengths that do not fit."""
+    would change nothing, and for lengths that do not fit."""
     rule, flag = METHODS[args.method]
     for other in ("turns", "k", "tau", "steps"):
         if other != flag and getattr(args, other) is not None:
             raise BadInput(f"--{other} belongs to another --method; {args.method} has --{flag}")
     if args.quality and args.method != "dilated":
         raise BadInput(f"--quality belongs to --method dilated; {args.method} has --{flag}")
-    quality = QUALITIES[args.quality or "default"]
-    rule = quality.rule if args.method == "dilated" else rule
+
+    config = QUALITIES[args.quality or "default"]
+    if args.method != "dilated":
+        config = replace(config, rule=rule)
+    if args.method == "left-to-right":
+        config = replace(config, sweeps=0)
     if getattr(args, flag) is not None:
-        rule = partial(rule, **{flag: getattr(args, flag)})
-    sweeps, block_len, lookback = args.sweeps, args.block_len, args.lookback
-    if sweeps is None:
-        sweeps = 0 if args.method == "left-to-right" else quality.sweeps
-    block_len = block_len or min(SamplerConfig.block_len, max(1, 7 * T // 8))
-    if lookback is None:
-        lookback = max(0, min(SamplerConfig.lookback, T - block_len))
-    if block_len + lookback > T:
-        both = f" and --lookback {lookback} together" if lookback else ""
-        raise BadInput(f"--block-len {block_len}{both} exceed the model's sequence length, {T}")
-    temperature = quality.temperature if args.temperature is None else args.temperature
-    return SamplerConfig(rule, temperature, sweeps, args.sweep_min_p, args.stride,
-                         block_len, lookback)
+        config = replace(config, rule=partial(config.rule, **{flag: getattr(args, flag)}))
+    given = {field.name: getattr(args, field.name, None) for field in fields(SamplerConfig)}
+    config = replace(config, **{name: x for name, x in given.items() if x is not None})
+    if not config.sweeps and (args.stride or args.sweep_min_p is not None):
+        raise BadInput("--stride and --sweep-min-p belong to the correction; it has 0 --sweeps")
 
-
-def typed(path: Path) -> str:
-    """The path as a word of a command, where a leading dash would make it a flag."""
-    return f"./{path}" if str(path).startswith("-") else str(path)
+    # Without flags, the lengths shrink to what a small model can see
+    if not args.block_len:
+        config.block_len = min(config.block_len, max(1, 7 * T // 8))
+    if args.lookback is None:
+        config.lookback = max(0, min(config.lookback, T - config.block_len))
+    if config.block_len + config.lookback > T:
+        both = f" and --lookback {config.lookback} together" if config.lookback else ""
+        raise BadInput(f"--block-len {config.block_len}{both} exceed the model's sequence length, "
+                       f"{T}")
+    return config
 
 
 def sample_command(weights: Path) -> str:
     """The command that writes with these weights."""
-    chosen = [] if weights == DEFAULT_WEIGHTS else ["--weights", typed(weights)]
+    chosen = [] if weights == DEFAULT_WEIGHTS else [f"--weights={weights}"]
     return shlex.join(["uv", "run", "sample.py", *chosen])
 
 
@@ -319,7 +329,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--infill", metavar="TEXT", help="fill every underscore of TEXT, or of stdin if TEXT is -")
     add = text.add_argument
     add("--num-blocks", type=number(int, 1, 100_000),
-        help="blocks to write (default: 30 sequence lengths of text)")
+        help="blocks to write (default: about 30 sequence lengths of text)")
     add("--num-samples", type=number(int, 1, 10_000), default=1,
         help="texts to write, all in one batch")
     add_sampler_arguments(parser)
@@ -355,9 +365,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.prompt and not config.lookback:
         raise BadInput(f"with --block-len {config.block_len} and --lookback 0 no block sees the "
                        "prompt")
-    unseen = 0 if args.prompt or args.infill else 2
-    if unseen:  # text begins where a speaker does
-        args.prompt = "\n\n"
+    unseen = 0  # characters at the left that are not printed
+    if not (args.prompt or args.infill):
+        args.prompt, unseen = "\n\n", 2  # the model goes on with a speaker
     x = text_to_fill(args, config, model).to(device).repeat(args.num_samples, 1)
     n_written, shown = int((x == model.config.mask_token_id).sum()), unseen
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a window may end within a character

@@ -13,7 +13,8 @@ to X.1.pt, X.2.pt, ... Both files contain the log.
 
 The last 10% of the first text is the validation split. It only measures the final weights. The
 first 40,000 characters of the other 90% (a tenth, if that is less) are the held-out slice. The run
-keeps the weights that score best on the held-out slice. Training reads the remaining text.
+keeps the weights that score best on the held-out slice. Training reads the remaining text, and all
+of any further texts.
 """
 
 import os
@@ -39,17 +40,18 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # imported later, it would keep the group's threads alive
+import torch.distributed.nn.functional  # unused: torch imports it by itself, and its functions
+# would keep the process group (their default argument) and its threads alive if that came later
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import (
     COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, BadInput, CommandLine, DiffusionConfig,
     DiffusionTransformer, autocast, bfloat16_state, decode_tokens, load_corpus, load_weights,
-    masked_nll, multiplies_bf16, nelbo, noise_index, number, pick_device, q_sample,
+    masked_mean, masked_nll, multiplies_bf16, nelbo, noise_index, number, pick_device, q_sample,
     read_checkpoint, replacing, save_weights, say, start, temporaries,
 )
-from sample import denoise, dilated, sample_command, typed
+from sample import denoise, dilated, sample_command
 
 try:
     import fcntl
@@ -59,11 +61,10 @@ except ImportError:  # Windows
 ADAMW_SHARE = 0.15  # AdamW's learning rate as a share of Muon's
 WARMUP = 0.01       # share of the run in which the learning rate rises: Muon needs next to none
 GRAD_CLIP = 1.0     # largest norm of the gradient; a guard that acts in the first steps only
-PREFIX_SHARE = 0.25  # share of the sequences with a clean prefix: sampling has one, too
+PREFIX_SHARE = 0.25  # share of the sequences with a clean prefix, as a prompt is when sampling
 TEACHER_SHARE = 0.5  # weight of a teacher's term in the loss; the text's term has the rest
 HELD_OUT = 40_000   # characters of the held-out slice. The end of the first 90% and most of the
                     # validation split are from one play, so the slice is taken from the start
-QUICK = {"passes": 4, "windows": 64, "seed": 0}  # the same crops and masks at every evaluation
 SIZES = [size.name for size in fields(DiffusionConfig) if size.name != "mask_token_id"]
 NOT_SAVED = {"weights", "device", "resume"}  # settings that --resume does not restore
 # --resume accepts other values of these; `train` compares texts and teachers by checksum
@@ -73,65 +74,64 @@ MAY_DIFFER = {"no_compile", "eval_interval", "data", "teachers"}
 # The command line ---------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[dict, dict]:
-    """The flags that were given, and the default of every flag, both by name."""
-    parser, defaults = CommandLine(__doc__), {}
-
-    def add(group, flag: str, default, help: str, **how) -> None:
-        defaults[flag.removeprefix("--").replace("-", "_")] = default
-        shown = default not in (None, False, [])
-        help += f" (default: {default})" if shown else ""
-        group.add_argument(flag, default=argparse.SUPPRESS, help=help, **how)
-
-    files = parser.add_argument_group("files")
-    add(files, "--weights", DEFAULT_WEIGHTS, "file to write, X.pt", type=Path)
-    add(files, "--data", [str(DEFAULT_DATA)], "training texts; the last 10%% of the first one "
-        "validates, further ones are learned whole", nargs="+", metavar="TEXT")
-    add(files, "--first-share", None, "share of the sequences that come from the first text "
-        "(default: its share of all characters)", type=number(float, 0, 1))
-    add(files, "--teachers", [], "models whose probabilities are learned too; each step uses the "
-        "next one in turn", nargs="+", metavar="WEIGHTS")
-    mode = parser.add_mutually_exclusive_group()
-    add(mode, "--init", None, "start from these weights", metavar="WEIGHTS")
-    add(mode, "--resume", False, "continue X.state.pt with the settings of that run",
-        action="store_true")
-    add(mode, "--eval-only", False, "print the validation bound of X.pt", action="store_true")
-    network = parser.add_argument_group("network and diffusion")
+def command_line() -> CommandLine:
+    parser = CommandLine(__doc__)
+    add = parser.add_argument_group("files").add_argument
+    add("--weights", type=Path, default=DEFAULT_WEIGHTS, help="file to write, X.pt")
+    add("--data", nargs="+", default=[str(DEFAULT_DATA)], metavar="TEXT", help="training texts; "
+        "the last 10%% of the first one validates, further ones are learned whole")
+    add("--first-share", type=number(float, 0, 1), help="share of the sequences that come from the "
+        "first text (default: its share of all characters)")
+    add("--teachers", nargs="+", default=[], metavar="WEIGHTS", help="models whose probabilities "
+        "are learned too; each step uses the next one in turn")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--init", metavar="WEIGHTS", help="start from these weights")
+    add("--resume", action="store_true", help="continue X.state.pt with the settings of that run")
+    add("--eval-only", action="store_true", help="print the validation bound of X.pt")
+    add = parser.add_argument_group("network and diffusion").add_argument
     for size in SIZES:
         about = "256 for any UTF-8 text" if size == "vocab_size" else "see DiffusionConfig"
-        add(network, "--" + size.replace("_", "-"), getattr(DiffusionConfig, size), about,
-            type=number(int, 0, 10**6))
-    how_long = parser.add_mutually_exclusive_group()
-    add(how_long, "--steps", 20_000, "optimizer steps", type=COUNT)
-    add(how_long, "--max-minutes", None, "stop after this many minutes in the loop instead",
-        type=number(float, 1e-3, 1e6))
-    training = parser.add_argument_group("optimization")
-    add(training, "--batch-size", 64, "sequences per step, over all processes", type=COUNT)
-    add(training, "--learning-rate", None, "peak learning rate of the block matrices (default: "
-        "0.005; 0.02 with --max-minutes or in fewer than 10,000 steps)",
-        type=number(float, 1e-12, 10))
-    add(training, "--decay", None, "share of the run in which the learning rate falls to zero "
-        "(default: 1; 0.5 with --max-minutes or in fewer than 10,000 steps)",
-        type=number(float, 0, 1))
-    add(training, "--weight-decay", 0.0, "of the block matrices", type=number(float, 0, 100))
-    add(training, "--seed", 1337, "random seed", type=SEED)
-    running = parser.add_argument_group("running")
-    add(running, "--eval-interval", None, "steps between evaluations (default: 250; on CUDA 1000)",
-        type=COUNT)
-    add(running, "--device", "auto", "auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
-    add(running, "--no-compile", False, "skip torch.compile, which takes about a minute",
-        action="store_true")
-    return vars(parser.parse_args(argv)), defaults
+        add("--" + size.replace("_", "-"), type=number(int, 0, 10**6),
+            default=getattr(DiffusionConfig, size), help=about)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--steps", type=COUNT, default=20_000, help="optimizer steps")
+    add("--max-minutes", type=number(float, 1e-3, 1e6),
+        help="stop after this many minutes in the loop instead")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch-size", type=COUNT, default=64, help="sequences per step, over all processes")
+    add("--learning-rate", type=number(float, 1e-12, 10), help="peak learning rate of the block "
+        "matrices (default: 0.005; 0.02 with --max-minutes or in fewer than 10,000 steps)")
+    add("--decay", type=number(float, 0, 1), help="share of the run in which the learning rate "
+        "falls to zero (default: 1; 0.5 with --max-minutes or in fewer than 10,000 steps)")
+    add("--weight-decay", type=number(float, 0, 100), default=0.0, help="of the block matrices")
+    add("--seed", type=SEED, default=1337, help="random seed")
+    add = parser.add_argument_group("running").add_argument
+    add("--eval-interval", type=COUNT,
+        help="steps between evaluations (default: 250; on CUDA 1000)")
+    add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
+    add("--no-compile", action="store_true", help="skip torch.compile, which takes about a minute")
+    return parser
 
 
-def settle(given: dict, defaults: dict, saved: dict, source: Path | str) -> argparse.Namespace:
-    """The settings of a run: those that were given, else those that `source` has saved, else the
-    defaults. Raises BadInput where a given setting contradicts a saved one."""
-    for name in (given.keys() & saved.keys()) - MAY_DIFFER:
-        if given[name] != saved[name]:
-            flag = f"--{name.replace('_', '-')} {given[name]}"
-            raise BadInput(f"{flag}: {source} has {saved[name]}")
-    args = argparse.Namespace(**{**defaults, **saved, **given})
+def settle(parser: CommandLine, argv: list[str] | None, args, state: dict | None):
+    """The settings of a run: those of the command line, which `args` holds, else those of the state
+    that --resume continues or of the weights that --init names, else the defaults. Raises BadInput
+    where the command line contradicts what is saved."""
+    source, saved = None, {}
+    if state:
+        source, saved = state_beside(args.weights), state.get("args")
+        if not isinstance(saved, dict):
+            raise BadInput(f"{source}: weights alone, so there is nothing to resume")
+    elif args.init is not None:
+        source, config = args.init, read_checkpoint(args.init)["config"]
+        saved = {size: config[size] for size in SIZES if size in config}
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for name in saved.keys() - MAY_DIFFER:
+        if (given := getattr(args, name)) != saved[name]:
+            raise BadInput(f"--{name.replace('_', '-')} {given}: {source} has {saved[name]}")
+    if args.first_share is not None and len(args.data) == 1:
+        raise BadInput(f"--first-share {args.first_share}: there is one text; --data takes more")
     long = args.steps >= 10_000 and not args.max_minutes
     args.learning_rate = args.learning_rate or (0.005 if long else 0.02)
     args.decay = (1.0 if long else 0.5) if args.decay is None else args.decay
@@ -143,7 +143,7 @@ def settle(given: dict, defaults: dict, saved: dict, source: Path | str) -> argp
 
 class Texts(NamedTuple):
     learned: torch.Tensor  # (N,) ids: the learned part of the first text, then all further texts
-    first_len: int         # length of the learned part of the first text
+    first_len: int         # length of the first text's learned part
     held: torch.Tensor     # held-out slice: selects the weights to keep
     val: torch.Tensor      # validation split
     sha256: list[str]      # checksum of each text
@@ -151,7 +151,7 @@ class Texts(NamedTuple):
 
 def read_texts(paths: list[str], config: DiffusionConfig) -> Texts:
     """Reads and splits the texts. Raises BadInput for an unusable text, and for a further text that
-    contains what must not be learned of the first one."""
+    contains a piece of the first one's held-out slice or validation split."""
     train, val, sha256 = load_corpus(paths[0], config)
     held, train = train.tensor_split([min(HELD_OUT, len(train) // 10)])
     learned, checksums = [train], [sha256]
@@ -176,7 +176,7 @@ def shares_pieces(split: torch.Tensor, text: torch.Tensor) -> bool:
 # Optimizers ---------------------------------------------------------------------------------------
 
 
-def orthogonalize(matrices, steps: int = 5):
+def orthogonalize(matrices):
     """Roughly the nearest semi-orthogonal matrices: Newton-Schulz iteration moves the singular
     values of each of N matrices (N, rows, columns) to about 1. The coefficients are from
     kellerjordan.github.io/posts/muon."""
@@ -185,8 +185,8 @@ def orthogonalize(matrices, steps: int = 5):
     X = matrices.mT if tall else matrices
     X = X.to(torch.bfloat16 if multiplies_bf16(X.device) else torch.float32)
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = X @ X.mT
+    for _ in range(5):
+        gram = X @ X.mT                                 # X becomes a X + (b gram + c gram²) X
         X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
     return (X.mT if tall else X).to(matrices.dtype)
 
@@ -201,7 +201,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params, lr, beta = group["params"], group["lr"], group["momentum"]
             grads = torch.stack([p.grad for p in params])           # (N, rows, columns)
-            state = self.state[params[0]]
+            state = self.state[params[0]]                           # that of the whole group
             momentum = state.setdefault("momentum", torch.zeros_like(grads))
             momentum.lerp_(grads, 1 - beta)
             updates = orthogonalize(grads.lerp(momentum, beta))     # Nesterov's
@@ -219,7 +219,7 @@ def make_optimizers(model, learning_rate: float, weight_decay: float = 0.0):
     muon = {"lr": learning_rate, "weight_decay": weight_decay, "momentum": 0.95}
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     optimizers = [
-        Muon([{"params": params} for params in by_shape.values()], muon),
+        Muon([{"params": params} for params in by_shape.values()], defaults=muon),
         torch.optim.AdamW(others, ADAMW_SHARE * learning_rate, (0.9, 0.95), weight_decay=0.0,
                           fused=others[0].is_cuda),
     ]
@@ -229,7 +229,7 @@ def make_optimizers(model, learning_rate: float, weight_decay: float = 0.0):
     return optimizers
 
 
-# A training step, in the order in which `train` calls its parts -----------------------------------
+# A training step: draw_batch and its parts, batch_loss, update ------------------------------------
 
 
 class Curriculum(NamedTuple):
@@ -238,9 +238,9 @@ class Curriculum(NamedTuple):
     spread: float   # width in logits of the bell from which t / S is drawn (ablations.md)
     opening: float  # share of the run in which the range of t / S widens from 40% to all of it:
                     # at first many visible neighbours teach the most
-    flat_share: float = 1 / 16  # share of the sequences with uniform t: the bell never draws t = 1
+    flat_share: float = 1 / 16  # share of the sequences with uniform t: a narrow bell never draws 1
     first_share: float | None = None  # share of the sequences from the first text; None: by length
-    first_len: int = 0                # length of the first text
+    first_len: int = 0                # length of the first text's learned part
 
 
 FROM_SCRATCH = Curriculum(spread=1.0, opening=0.5)
@@ -253,8 +253,8 @@ def draw_levels(B: int, S: int, progress: float, generator, device, curriculum=F
     stratum = torch.randperm(B, generator=generator, device=device)
     u, v = torch.rand(2, B, generator=generator, device=device)
     quantile = ((stratum + u) / B).clamp(1e-4, 1 - 1e-4)
-    # A logit-normal bell around 1/2, where a sequence has both something to read and something to
-    # predict (arXiv 2605.13026)
+    # A logit-normal bell, where a sequence has both something to read and something to predict
+    # (arXiv 2605.13026). Its middle is 1/2, less during the opening
     normal = math.sqrt(2) * torch.erfinv(2 * quantile - 1)  # MPS has no ndtri
     bell = torch.sigmoid(curriculum.spread * normal)
     noise = torch.where(v < curriculum.flat_share, quantile, bell)
@@ -297,7 +297,7 @@ def distilled_nll(log_p, log_q, masked):
     """Mean over the masked positions of the cross-entropy -sum_v q(v) log p(v | x_t) with the
     teacher's q, in nats per character, (B,)."""
     terms = torch.where(log_q > -math.inf, log_q.exp() * log_p, 0.0)            # (B, T, V)
-    return -terms.sum(-1).masked_fill(~masked, 0.0).sum(1) / masked.sum(1).clamp(min=1)
+    return masked_mean(-terms.sum(-1), masked)
 
 
 def batch_loss(network, batch, teacher=None):
@@ -335,15 +335,19 @@ def update(model, optimizers, factor: float) -> None:
 # Processes, signals, compilation ------------------------------------------------------------------
 
 
-def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device. Only torchrun starts several processes: RANK alone proves
-    nothing, as some platforms set it for purposes of their own."""
+def tune_process() -> None:
+    """Settings of PyTorch and of the C library that make training faster."""
     torch.set_float32_matmul_precision("high")
     if platform.libc_ver()[0] == "glibc":
         # Keep freed activations in the process. Otherwise the kernel clears their pages again for
         # the next step, which costs up to a quarter of a step on a CPU
         for option, value in (-4, 0), (-1, -1):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
+
+
+def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
+    """Rank, number of processes, device. Only torchrun starts several processes: RANK alone proves
+    nothing, as some platforms set it for purposes of their own."""
     if not dist.is_torchelastic_launched():
         return 0, 1, pick_device(args.device)
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -389,9 +393,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 def compiled(model, batch_size: int, learns: bool = True):
     """Compiles the model and tries it on one batch, with a backward pass if it `learns` (a teacher
-    doesn't). If the trial fails, prints a warning and returns the eager model. -fno-dse stops
-    g++ 12 from removing live stores in Inductor's CPU code, which makes gradients silently wrong.
-    """
+    doesn't). If the trial fails, prints a warning and returns the eager model. g++ 12 removes
+    live stores from Inductor's CPU code, and gradients are silently wrong; -fno-dse prevents it."""
     gcc = {"cpp.cxx": (None, f"{os.environ.get('CXX', 'g++')} -fno-dse")}
     network = torch.compile(model, options=gcc if sys.platform == "linux" else None)
     device, T = next(model.parameters()).device, model.config.sequence_len
@@ -424,7 +427,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # in the loop, evaluations included
     log: list[dict] = field(default_factory=list)  # a row of bounds for every evaluation
-    best: dict = field(default_factory=dict)  # "row": that of the lowest held-out bound; "model"
+    best: dict = field(default_factory=dict)  # at the lowest held-out bound: log "row", "model"
 
     def state(self) -> dict:
         return {
@@ -473,73 +476,58 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(weights: Path, resume: bool) -> Iterator[None]:
-    """Inside, no other run can write X.pt and X.state.pt. Raises BadInput if another run is active,
-    if X.state.pt holds an unfinished run, or if X.pt is not a checkpoint."""
-    state_path = state_beside(weights)
+    """Inside, no other run can write X.pt and X.state.pt (except on Windows). Raises BadInput if
+    another run is active, if X.state.pt holds a run that is not to be resumed, or if X.pt is not a
+    checkpoint."""
     if weights.suffix != ".pt" or weights.name.endswith(".state.pt"):
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
     if weights.exists():
         read_checkpoint(weights)  # raises BadInput
+    state_path = state_beside(weights)
     state_path.parent.mkdir(parents=True, exist_ok=True)
     with locked(state_path):
-        if fcntl and is_empty(state_path):
-            state_path.unlink()  # a run was killed before its first save
-        try:
-            state_path.touch(exist_ok=resume)
-        except FileExistsError as error:
-            raise BadInput(f"{state_path} holds a run: --resume continues it, or delete it"
-                           ) from error
+        if state_path.exists() and not resume:
+            raise BadInput(f"{state_path} holds a run: --resume continues it, or delete it")
         for unfinished in *temporaries(weights), *temporaries(state_path):
             unfinished.unlink()  # a run was killed while it wrote
-        try:
-            yield
-        finally:
-            if is_empty(state_path):
-                state_path.unlink()
-
-
-def is_empty(path: Path) -> bool:
-    return path.exists() and not path.stat().st_size
-
-
-def try_to(save, *arguments) -> None:
-    """Calls save(*arguments). A failed save (a full disk) does not end the run: the next save tries
-    again."""
-    try:
-        save(*arguments)
-    except (OSError, RuntimeError) as error:  # torch.save turns one into the other
-        say(f"not saved, the next save tries again: {str(error).splitlines()[0]}")
+        yield
 
 
 def save_state(args: argparse.Namespace, about: dict, run: Run) -> None:
-    """Writes the state from which --resume continues."""
+    """Writes the state from which --resume continues. A failed save (a full disk) does not end the
+    run: the next save tries again."""
     settings = {name: x for name, x in vars(args).items() if name not in NOT_SAVED}
     for name in "data", "teachers":  # --resume may be typed in another folder
         settings[name] = [path if path == "-" else os.path.abspath(path) for path in settings[name]]
     contents = {**run.state(), "config": asdict(run.model.config), "meta": about, "args": settings}
-    with replacing(state_beside(args.weights)) as file:
-        torch.save(contents, file)
+    try:
+        with replacing(state_beside(args.weights)) as file:
+            torch.save(contents, file)
+    except (OSError, RuntimeError) as error:  # torch.save turns one into the other
+        say(f"not saved, the next save tries again: {str(error).splitlines()[0]}")
 
 
 def evaluate(args: argparse.Namespace, run: Run, texts: Texts) -> None:
     """Adds bounds of the learned text and of the held-out slice to the log, keeps the weights if
     they are the best so far, and shows the bounds and some text."""
     if run.log and run.log[-1]["step"] == run.step:
-        return  # a resumed run has done so
-    splits = {"train": texts.learned[: texts.first_len], "held": texts.held}
-    bounds = {f"{name}_nelbo": nelbo(run.model, ids, **QUICK)[0] for name, ids in splits.items()}
+        return  # it was evaluated before it was stopped
+    # The same windows and masks at every evaluation
+    train_nelbo, _ = nelbo(run.model, texts.learned[: texts.first_len], passes=4, windows=64)
+    held_nelbo, _ = nelbo(run.model, texts.held, passes=4, windows=64)
     T, mask_token_id = run.model.config.sequence_len, run.model.config.mask_token_id
     row = {"step": run.step, "seconds": round(run.seconds),
-           "characters_seen": run.step * args.batch_size * T, **bounds}
+           "characters_seen": run.step * args.batch_size * T,
+           "train_nelbo": train_nelbo, "held_nelbo": held_nelbo}
     run.log.append(row)
-    if not run.best or row["held_nelbo"] < run.best["row"]["held_nelbo"]:
+    if not run.best or held_nelbo < run.best["row"]["held_nelbo"]:
         run.best = {"row": row, "model": bfloat16_state(run.model)}
     device = next(run.model.parameters()).device
     blank = torch.full((1, T), mask_token_id, device=device)
     rule, generator = partial(dilated, turns=32), torch.Generator().manual_seed(args.seed)
     *_, x = denoise(run.model, blank, rule, 1.0, generator)
     say(f"\nstep {run.step}, {run.seconds / 60:.1f} min, NELBO in nats per character: "
-        f"train {row['train_nelbo']:.4f}, held-out {row['held_nelbo']:.4f}\n"
+        f"train {train_nelbo:.4f}, held-out {held_nelbo:.4f}\n"
         f"{decode_tokens(x[0])}\n")
 
 
@@ -549,8 +537,8 @@ def show_bound(path: Path, mean: float, error: float) -> None:
 
 
 def finish(args: argparse.Namespace, about: dict, run: Run, val) -> None:
-    """Writes the best weights with their validation bound, moves an earlier file aside, and prints
-    both. Prints the command that samples from the weights last."""
+    """Scores the best weights on the validation split, moves an earlier file aside, and writes
+    them. Prints the earlier file's new name, the bound, and the command that writes with them."""
     run.model.load_state_dict(run.best["model"])
     mean, standard_error = nelbo(run.model, val)
     meta = {**about, **run.best["row"], "val_nelbo": mean, "val_nelbo_error": standard_error,
@@ -561,7 +549,7 @@ def finish(args: argparse.Namespace, about: dict, run: Run, val) -> None:
         aside = save_weights(run.model, meta, args.weights)
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{args.weights} was not written ({error}); --resume tries again") from error
-    state_beside(args.weights).unlink()
+    state_beside(args.weights).unlink(missing_ok=True)
     if aside:
         scored = f" ({score:.4f})" if isinstance(score, float) else ""
         print(f"{args.weights}{scored} is {os.path.relpath(aside)} now")
@@ -572,11 +560,10 @@ def finish(args: argparse.Namespace, about: dict, run: Run, val) -> None:
 def start_run(args: argparse.Namespace, state: dict | None, device: torch.device) -> Run:
     """A run from random weights, from those of --init, or from the state of a run."""
     torch.manual_seed(args.seed)
-    source = state_beside(args.weights) if state else args.init
-    if source:
-        model, _ = load_weights(source)  # raises BadInput for a broken file
+    if args.init is not None and not state:
+        model, _ = load_weights(args.init)
     else:
-        sizes = {size: getattr(args, size) for size in SIZES}
+        sizes = state["config"] if state else {size: getattr(args, size) for size in SIZES}
         model = DiffusionTransformer(DiffusionConfig(**sizes))
     model = model.to(device)
     optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
@@ -585,8 +572,8 @@ def start_run(args: argparse.Namespace, state: dict | None, device: torch.device
         try:
             run.restore(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            why = str(error).splitlines()[0]
-            raise BadInput(f"{source}: not the state of such a run ({why})") from error
+            raise BadInput(f"{state_beside(args.weights)}: not the state of such a run "
+                           f"({str(error).splitlines()[0]})") from error
     return run
 
 
@@ -613,7 +600,8 @@ def describe(args: argparse.Namespace, texts: Texts, device, world: int, command
 
 
 def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
-    """Trains until the end, and returns 0, or until a signal, and returns its number."""
+    """Trains to the end and returns 0, or trains until a signal and returns its number."""
+    tune_process()
     rank, world, device = start_processes(args)
     leader = rank == 0
     if world > 1 and "-" in args.data:
@@ -647,7 +635,7 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
         network.broadcast_buffers = False  # the rotary tables never change
 
     # The loop
-    curriculum = AFTER_INIT if args.init else FROM_SCRATCH
+    curriculum = FROM_SCRATCH if args.init is None else AFTER_INIT
     curriculum = curriculum._replace(first_share=args.first_share, first_len=texts.first_len)
     interval = args.eval_interval or (1000 if device.type == "cuda" else 250)
     bar = tqdm(total=round(60 * args.max_minutes) if args.max_minutes else args.steps,
@@ -660,9 +648,10 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
             now = time.perf_counter()
             run.seconds += now - clock
             clock = now
-            progress = run.step / args.steps
             if args.max_minutes:
                 progress = run.seconds / (60 * args.max_minutes)
+            else:
+                progress = run.step / args.steps
             progress, signum = agree(progress, received[0] if received else 0, device)
             finished = progress >= 1
             stopped = signum and not finished
@@ -672,7 +661,7 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
             if leader and due and not stopped:
                 evaluate(args, run, texts)
             if leader and (due or stopped):
-                try_to(save_state, args, about, run)
+                save_state(args, about, run)
             if finished or stopped:
                 break
 
@@ -699,49 +688,39 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
     if leader and finished:
         finish(args, about, run, texts.val)
     elif leader:
-        say(f"stopped after step {run.step}; continue: uv run training.py --resume --weights "
-            f"{shlex.quote(typed(args.weights))}")
+        say(f"stopped after step {run.step}; continue: uv run training.py --resume --weights="
+            f"{shlex.quote(str(args.weights))}")
     return 0 if finished else signum
 
 
-def evaluate_only(given: dict, defaults: dict) -> None:
+def evaluate_only(args: argparse.Namespace, parser: CommandLine) -> None:
     """Prints the validation bound of the weights."""
-    args = argparse.Namespace(**{**defaults, **given})
-    others = given.keys() - {"eval_only", "weights", "data", "device"}
-    if others or len(args.data) > 1:
-        words = "".join(f" --{name.replace('_', '-')}" for name in sorted(others))
-        raise BadInput(f"--eval-only takes --weights, --data with one text and --device, not "
-                       f"{len(args.data)} texts{words}")
+    for name, value in vars(args).items():
+        allowed = name in ("eval_only", "weights", "data", "device")
+        if not allowed and value != parser.get_default(name):
+            raise BadInput(f"--eval-only takes --weights, --data and --device, not "
+                           f"--{name.replace('_', '-')} {value}")
+    if len(args.data) > 1:
+        raise BadInput(f"--eval-only takes --data with one text, not {len(args.data)}")
     model, _ = load_weights(args.weights, pick_device(args.device))
     _, val, _ = load_corpus(args.data[0], model.config)
     show_bound(args.weights, *nelbo(model, val))
 
 
 def main(argv: list[str] | None = None) -> None:
-    given, defaults = parse_arguments(argv)
-    if "eval_only" in given:
-        return evaluate_only(given, defaults)
+    parser = command_line()
+    args = parser.parse_args(argv)
+    if args.eval_only:
+        return evaluate_only(args, parser)
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["uv", "run", "training.py", *map(str, words)])
-    weights, resume = given.get("weights", DEFAULT_WEIGHTS), "resume" in given
-    if resume and not state_beside(weights).exists():
-        raise BadInput(f"{state_beside(weights)}: not there, so there is no run to continue")
+    if args.resume and not state_beside(args.weights).exists():
+        raise BadInput(f"{state_beside(args.weights)}: not there, so there is no run to continue")
     leader = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     # The files are claimed before the state is read, so that no other run can go on from it
-    with claimed(weights, resume) if leader else nullcontext():
-        state, saved, source = None, {}, given.get("init")
-        if resume:
-            source = state_beside(weights)
-            state = read_checkpoint(source)
-            if not isinstance(saved := state.get("args"), dict):
-                raise BadInput(f"{source}: weights alone, so there is nothing to resume")
-        elif source is not None:
-            config = read_checkpoint(source)["config"]
-            saved = {size: config[size] for size in SIZES if size in config}
-        args = settle(given, defaults, saved, source)
-        if args.first_share is not None and len(args.data) == 1:
-            raise BadInput(f"--first-share {args.first_share}: there is one text; --data can name "
-                           "more")
+    with claimed(args.weights, args.resume) if leader else nullcontext():
+        state = read_checkpoint(state_beside(args.weights)) if args.resume else None
+        args = settle(parser, argv, args, state)
         try:
             signum = train(args, state, command)
         finally:

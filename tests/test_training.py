@@ -207,7 +207,8 @@ def test_the_learning_rate_rises_stays_and_decays():
     (["--max-minutes", "20", "--decay", "1"], 0.02, 1.0),
 ])
 def test_default_rates_depend_on_the_length_of_the_run(arguments, learning_rate, decay):
-    args = training.settle(*training.parse_arguments(arguments), {}, "")
+    parser = training.command_line()
+    args = training.settle(parser, arguments, parser.parse_args(arguments), None)
     assert (args.learning_rate, args.decay) == (learning_rate, decay)
     optimizers = training.make_optimizers(random_model(), args.learning_rate)
     peaks = [optimizer.param_groups[0]["peak"] for optimizer in optimizers]
@@ -232,7 +233,7 @@ def test_default_rates_depend_on_the_length_of_the_run(arguments, learning_rate,
     (["--eval-only"], ["w.pt"]),
     (["--eval-only", "--init", "x.pt"], ["--eval-only", "--init"]),
     (["--eval-only", "--steps", "9"], ["--eval-only", "--steps"]),
-    (["--eval-only", "--n-layer", "6"], ["--eval-only", "--n-layer"]),
+    (["--eval-only", "--n-layer", "7"], ["--eval-only", "--n-layer"]),
     (["--eval-only", "--data", "a.txt", "b.txt"], ["--eval-only", "--data", "2"]),
     (["--steps", "9", "--max-minutes", "9"], ["--steps", "--max-minutes"]),
     (["--first-share", "0.3"], ["--first-share 0.3", "one text"]),

@@ -35,7 +35,9 @@ from model import (
     COUNT, DEFAULT_DATA, CommandLine, DiffusionConfig, DiffusionTransformer, load_corpus,
     multiplies_bf16, start,
 )
-from training import batch_loss, compiled, draw_batch, make_optimizers, start_processes, update
+from training import (
+    batch_loss, compiled, draw_batch, make_optimizers, start_processes, tune_process, update,
+)
 
 CONFIG = DiffusionConfig()
 SIDE = 2048  # rows and columns of the square matrices
@@ -171,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU), cpu, cuda or mps")
     add("--no-compile", action="store_true", help="run our step without torch.compile")
     args = parser.parse_args(argv)
+    tune_process()
     rank, world, device = start_processes(args)
     tokens = load_corpus(DEFAULT_DATA, CONFIG)[0].to(device)
     if rank == 0:

@@ -43,7 +43,7 @@ from model import (
 from sample import draw, load_for_sampling
 from training import (
     FROM_SCRATCH, SIZES, TEACHER_SHARE, Curriculum, Run, claimed, compiled, distilled_nll,
-    draw_starts, learning_rate_factor, make_optimizers, read_texts, start_processes, state_beside,
+    draw_starts, learning_rate_factor, make_optimizers, read_texts, state_beside, tune_process,
     update,
 )
 
@@ -249,7 +249,7 @@ def learn(run: Run, settings: dict, loss, held, path: Path) -> None:
     """The run, from the beginning or its state to the file of its best weights. `loss` draws a
     batch."""
     state_path, steps = state_beside(path), settings["steps"]
-    if state_path.stat().st_size:
+    if state_path.exists():
         restore(run, state_path, settings)
     saved = time.perf_counter()
     while True:
@@ -272,14 +272,15 @@ def learn(run: Run, settings: dict, loss, held, path: Path) -> None:
     run.model.load_state_dict(run.best["model"])
     if aside := save_weights(run.model, {**settings, **run.best["row"], "causal": True}, path):
         print(f"{path} is {aside.name} now")
-    state_path.unlink()
+    state_path.unlink(missing_ok=True)
     row = run.best["row"]
     print(f"{path}: {row['held_nll']:.4f} nats per held-out character, at step {row['step']}")
 
 
 def train(args: argparse.Namespace, paths: list[Path]) -> None:
     """A twin for each seed. All of them use one network, which is compiled once."""
-    _, _, device = start_processes(args)
+    tune_process()
+    device = pick_device(args.device)
     config = DiffusionConfig(**{size: getattr(args, size) for size in SIZES})
     texts = read_texts(args.data, config)
     model = make_causal(DiffusionTransformer(config).to(device))
