@@ -276,12 +276,17 @@ def test_the_playground_passes_over_a_taken_port_and_ends_at_once_on_ctrl_c(tiny
                          "--port", port)
         address = process.stdout.readline()
         assert re.match(r"http://127\.0\.0\.1:\d+/ ", address) and f":{port}/" not in address
-        client = socket.create_connection(("127.0.0.1", int(re.search(r":(\d+)/", address)[1])))
+        port = int(re.search(r":(\d+)/", address)[1])
+        client = socket.create_connection(("127.0.0.1", port))
+    another = http.client.HTTPConnection("127.0.0.1", port)  # once it is served, the first waits
+    another.request("GET", "/")
+    assert another.getresponse().status == 200
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
     assert process.wait(30) == 130 and time.monotonic() - started < 5
     assert not process.stderr.read()
     client.close()
+    another.close()
 
 
 # In a browser. Every test has a fresh page of one Chromium and one server -------------------------
