@@ -89,7 +89,8 @@ def norm(x):
 
 
 def rotary_tables(length: int, head_dim: int):
-    """Cosine and sine of position times frequency, (T, D/2) each. RoFormer, arXiv 2104.09864."""
+    """Cosine and sine of position times frequency, (T, D/2) each. RoFormer, arXiv 2104.09864. On
+    the CPU, also where `load_weights` builds the rest on the meta device."""
     frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device="cpu") / head_dim)
     angle = torch.arange(length, device="cpu")[:, None] * frequency
     return angle.cos(), angle.sin()
@@ -274,7 +275,7 @@ def spaced_windows(tokens, length: int, windows: int):
 
 
 @torch.no_grad()
-def nelbo(model, tokens, passes: int = 8, seed: int = 0, windows: int = 8192):
+def nelbo(model, tokens, passes: int = 8, windows: int = 8192):
     """NELBO of a 1-D tensor of ids in nats per character, and its standard error.
 
     Scores the fewest evenly spaced windows of sequence_len that cover the text, or `windows` if
@@ -283,7 +284,7 @@ def nelbo(model, tokens, passes: int = 8, seed: int = 0, windows: int = 8192):
     bits."""
     T, device = model.config.sequence_len, next(model.parameters()).device
     x_0 = spaced_windows(tokens, T, min(windows, math.ceil(len(tokens) / T)))
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     with autocast(device):
         draws = [nelbo_samples(model, x_0, generator).mean().item() for _ in range(passes)]
     return statistics.mean(draws), statistics.stdev(draws) / math.sqrt(passes)
@@ -361,7 +362,7 @@ def replacing(path: Path, aside: Path | None = None) -> Iterator[IO[bytes]]:
         with open(path, "wb") as file:
             yield file
         return
-    temporary = path.with_name(f"{path.name[:30]}.{os.getpid()}.tmp")  # `temporaries` finds it
+    temporary = path.with_name(f"{path.name[:60]}.{os.getpid()}.tmp")  # `temporaries` finds it
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -382,7 +383,7 @@ def replacing(path: Path, aside: Path | None = None) -> Iterator[IO[bytes]]:
 def temporaries(path: Path) -> list[Path]:
     """What `replacing` was writing when its process was killed."""
     path = path.resolve()
-    return list(path.parent.glob(f"{glob.escape(path.name[:30])}.[0-9]*.tmp"))
+    return list(path.parent.glob(f"{glob.escape(path.name[:60])}.[0-9]*.tmp"))
 
 
 def plain_name(name: str) -> str:
@@ -435,16 +436,16 @@ def load_weights(path: Path | str, device: torch.device | str = "cpu", causal: b
         raise BadInput(f"weights file {path}: {'no GPT twin' if causal else 'a GPT twin'}")
     state = {plain_name(name): tensor for name, tensor in contents["model"].items()}
     try:
-        with torch.device("meta"):  # allocates nothing: a damaged config may name any size
+        with torch.device("meta"):  # no memory for weights: a damaged config may name any size
             model = DiffusionTransformer(DiffusionConfig(**contents["config"]))
         model.load_state_dict(state, assign=True)
-        model = model.float().to(device)
+        model = model.float()
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise BadInput("it holds numbers that are not finite")  # sampling would never end
     except (TypeError, RuntimeError, BadInput) as error:
         why = str(error).splitlines()[-1].strip()
         raise BadInput(f"weights file {path}: unusable ({why})") from error
-    return model.eval(), contents["meta"]
+    return model.to(device).eval(), contents["meta"]
 
 
 # What all scripts share ---------------------------------------------------------------------------

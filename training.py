@@ -40,8 +40,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # unused: torch imports it by itself, and its functions
-# would keep the process group (their default argument) and its threads alive if that came later
+import torch.distributed.nn.functional  # unused, but early on purpose: torch imports it anyway.
+# After init_process_group, its default arguments would keep the group and its threads alive
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -113,18 +113,23 @@ def command_line() -> CommandLine:
     return parser
 
 
-def settle(parser: CommandLine, argv: list[str] | None, args, state: dict | None):
-    """The settings of a run: those of the command line, which `args` holds, else those of the state
-    that --resume continues or of the weights that --init names, else the defaults. Raises BadInput
-    where the command line contradicts what is saved."""
-    source, saved = None, {}
+def saved_settings(args: argparse.Namespace, state: dict | None) -> dict:
+    """The settings that the state of --resume or the weights of --init determine. A run from random
+    weights has none. Raises BadInput for weights under the name of a state."""
     if state:
-        source, saved = state_beside(args.weights), state.get("args")
-        if not isinstance(saved, dict):
-            raise BadInput(f"{source}: weights alone, so there is nothing to resume")
-    elif args.init is not None:
-        source, config = args.init, read_checkpoint(args.init)["config"]
-        saved = {size: config[size] for size in SIZES if size in config}
+        if not isinstance(state.get("args"), dict):
+            raise BadInput(f"{state_beside(args.weights)}: weights alone, so there is nothing to "
+                           "resume")
+        return state["args"]
+    if args.init is not None:
+        config = read_checkpoint(args.init)["config"]
+        return {size: config[size] for size in SIZES if size in config}
+    return {}
+
+
+def settle(parser: CommandLine, argv, saved: dict, source: Path | str | None):
+    """The settings of a run. What `source` has saved becomes the parser's defaults, and then the
+    command line is parsed again. Raises BadInput where it contradicts what is saved."""
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for name in saved.keys() - MAY_DIFFER:
@@ -238,7 +243,8 @@ class Curriculum(NamedTuple):
     spread: float   # width in logits of the bell from which t / S is drawn (ablations.md)
     opening: float  # share of the run in which the range of t / S widens from 40% to all of it:
                     # at first many visible neighbours teach the most
-    flat_share: float = 1 / 16  # share of the sequences with uniform t: a narrow bell never draws 1
+    flat_share: float = 1 / 16  # share of the sequences with uniform t / S, as a narrow bell never
+                                # comes near 1, where sampling begins
     first_share: float | None = None  # share of the sequences from the first text; None: by length
     first_len: int = 0                # length of the first text's learned part
 
@@ -395,6 +401,7 @@ def compiled(model, batch_size: int, learns: bool = True):
     """Compiles the model and tries it on one batch, with a backward pass if it `learns` (a teacher
     doesn't). If the trial fails, prints a warning and returns the eager model. g++ 12 removes
     live stores from Inductor's CPU code, and gradients are silently wrong; -fno-dse prevents it."""
+    # Inductor's form of a compiler: (None, command)
     gcc = {"cpp.cxx": (None, f"{os.environ.get('CXX', 'g++')} -fno-dse")}
     network = torch.compile(model, options=gcc if sys.platform == "linux" else None)
     device, T = next(model.parameters()).device, model.config.sequence_len
@@ -427,7 +434,8 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # in the loop, evaluations included
     log: list[dict] = field(default_factory=list)  # a row of bounds for every evaluation
-    best: dict = field(default_factory=dict)  # at the lowest held-out bound: log "row", "model"
+    best: dict = field(default_factory=dict)  # the weights of the lowest held-out bound
+    # ("model"), and their row of the log ("row")
 
     def state(self) -> dict:
         return {
@@ -477,12 +485,12 @@ def locked(path: Path) -> Iterator[None]:
 @contextmanager
 def claimed(weights: Path, resume: bool) -> Iterator[None]:
     """Inside, no other run can write X.pt and X.state.pt (except on Windows). Raises BadInput if
-    another run is active, if X.state.pt holds a run that is not to be resumed, or if X.pt is not a
-    checkpoint."""
+    another run is active, if X.state.pt holds a run that is not to be resumed, if X.pt is not a
+    checkpoint, or if it has another kind of name."""
     if weights.suffix != ".pt" or weights.name.endswith(".state.pt"):
         raise BadInput(f"--weights {weights}: has to be a file X.pt, and not X.state.pt")
     if weights.exists():
-        read_checkpoint(weights)  # raises BadInput
+        read_checkpoint(weights)  # refuses another file now, and not after the whole run
     state_path = state_beside(weights)
     state_path.parent.mkdir(parents=True, exist_ok=True)
     with locked(state_path):
@@ -508,10 +516,10 @@ def save_state(args: argparse.Namespace, about: dict, run: Run) -> None:
 
 
 def evaluate(args: argparse.Namespace, run: Run, texts: Texts) -> None:
-    """Adds bounds of the learned text and of the held-out slice to the log, keeps the weights if
-    they are the best so far, and shows the bounds and some text."""
+    """Adds bounds of the first text's learned part and of the held-out slice to the log, keeps the
+    weights if they are the best so far, and shows the bounds and some text."""
     if run.log and run.log[-1]["step"] == run.step:
-        return  # it was evaluated before it was stopped
+        return  # a resumed run: evaluated before it was killed, or before X.pt failed to be written
     # The same windows and masks at every evaluation
     train_nelbo, _ = nelbo(run.model, texts.learned[: texts.first_len], passes=4, windows=64)
     held_nelbo, _ = nelbo(run.model, texts.held, passes=4, windows=64)
@@ -537,8 +545,9 @@ def show_bound(path: Path, mean: float, error: float) -> None:
 
 
 def finish(args: argparse.Namespace, about: dict, run: Run, val) -> None:
-    """Scores the best weights on the validation split, moves an earlier file aside, and writes
-    them. Prints the earlier file's new name, the bound, and the command that writes with them."""
+    """Scores the best weights on the validation split, moves an earlier file aside, writes the
+    weights, and deletes the state. Prints the earlier file's new name, the bound, and the command
+    that writes with the weights."""
     run.model.load_state_dict(run.best["model"])
     mean, standard_error = nelbo(run.model, val)
     meta = {**about, **run.best["row"], "val_nelbo": mean, "val_nelbo_error": standard_error,
@@ -613,7 +622,7 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
     texts = read_texts(args.data, config)
     text = texts.learned.to(device)
     teachers = load_teachers(args.teachers, config, device)
-    about = describe(args, texts, device, world, state["meta"]["command"] if state else command)
+    about = describe(args, texts, device, world, state["meta"].get("command") if state else command)
     for name in "texts", "teachers", "device":
         if state and state["meta"].get(name) != about[name]:
             raise BadInput(f"{state_beside(args.weights)}: its run has other {name} "
@@ -632,7 +641,8 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
         teachers = [compiled(teacher, rows, learns=False) for teacher in teachers]
     if world > 1:
         network = DistributedDataParallel(network)
-        network.broadcast_buffers = False  # the rotary tables never change
+        network.broadcast_buffers = False  # the rotary tables never change. (As an
+        # argument, torch 2.15 deprecates it)
 
     # The loop
     curriculum = FROM_SCRATCH if args.init is None else AFTER_INIT
@@ -719,8 +729,9 @@ def main(argv: list[str] | None = None) -> None:
     leader = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     # The files are claimed before the state is read, so that no other run can go on from it
     with claimed(args.weights, args.resume) if leader else nullcontext():
-        state = read_checkpoint(state_beside(args.weights)) if args.resume else None
-        args = settle(parser, argv, args, state)
+        source = state_beside(args.weights) if args.resume else args.init
+        state = read_checkpoint(source) if args.resume else None
+        args = settle(parser, argv, saved_settings(args, state), source)
         try:
             signum = train(args, state, command)
         finally:

@@ -208,7 +208,7 @@ def test_the_learning_rate_rises_stays_and_decays():
 ])
 def test_default_rates_depend_on_the_length_of_the_run(arguments, learning_rate, decay):
     parser = training.command_line()
-    args = training.settle(parser, arguments, parser.parse_args(arguments), None)
+    args = training.settle(parser, arguments, {}, None)
     assert (args.learning_rate, args.decay) == (learning_rate, decay)
     optimizers = training.make_optimizers(random_model(), args.learning_rate)
     peaks = [optimizer.param_groups[0]["peak"] for optimizer in optimizers]
