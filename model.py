@@ -427,13 +427,9 @@ def is_causal(contents: dict) -> bool:
     return bool(contents["meta"].get("causal"))
 
 
-def load_weights(path: Path | str, device: torch.device | str = "cpu", causal: bool = False):
-    """The DiffusionTransformer in float32 on `device`, in eval mode, and its meta. Raises BadInput
-    if a name or shape does not fit the file's config, if a weight is not finite, or if the file
-    holds a GPT twin (causal_twin.py) where `causal` is false, or none where it is true."""
-    contents = read_checkpoint(path)
-    if is_causal(contents) != causal:
-        raise BadInput(f"weights file {path}: {'no GPT twin' if causal else 'a GPT twin'}")
+def build_model(contents: dict, path: Path | str) -> DiffusionTransformer:
+    """The model of a checkpoint's dict, in float32 on the CPU. Raises BadInput, which names `path`,
+    if a name or shape does not fit the config, or if a weight is not finite."""
     state = {plain_name(name): tensor for name, tensor in contents["model"].items()}
     try:
         with torch.device("meta"):  # no memory for weights: a damaged config may name any size
@@ -445,7 +441,17 @@ def load_weights(path: Path | str, device: torch.device | str = "cpu", causal: b
     except (TypeError, RuntimeError, BadInput) as error:
         why = str(error).splitlines()[-1].strip()
         raise BadInput(f"weights file {path}: unusable ({why})") from error
-    return model.to(device).eval(), contents["meta"]
+    return model
+
+
+def load_weights(path: Path | str, device: torch.device | str = "cpu", causal: bool = False):
+    """The DiffusionTransformer in float32 on `device`, in eval mode, and its meta. Raises BadInput
+    for a file that `read_checkpoint` or `build_model` refuses, and if the file holds a GPT twin
+    (causal_twin.py) where `causal` is false, or none where it is true."""
+    contents = read_checkpoint(path)
+    if is_causal(contents) != causal:
+        raise BadInput(f"weights file {path}: {'no GPT twin' if causal else 'a GPT twin'}")
+    return build_model(contents, path).to(device).eval(), contents["meta"]
 
 
 # What all scripts share ---------------------------------------------------------------------------

@@ -47,9 +47,9 @@ from tqdm import tqdm
 
 from model import (
     COUNT, DEFAULT_DATA, DEFAULT_WEIGHTS, SEED, BadInput, CommandLine, DiffusionConfig,
-    DiffusionTransformer, autocast, bfloat16_state, decode_tokens, load_corpus, load_weights,
-    masked_mean, masked_nll, multiplies_bf16, nelbo, noise_index, number, pick_device, q_sample,
-    read_checkpoint, replacing, save_weights, say, start, temporaries,
+    DiffusionTransformer, autocast, bfloat16_state, build_model, decode_tokens, load_corpus,
+    load_weights, masked_mean, masked_nll, multiplies_bf16, nelbo, noise_index, number,
+    pick_device, q_sample, read_checkpoint, replacing, save_weights, say, start, temporaries,
 )
 from sample import denoise, dilated, sample_command
 
@@ -569,10 +569,12 @@ def finish(args: argparse.Namespace, about: dict, run: Run, val) -> None:
 def start_run(args: argparse.Namespace, state: dict | None, device: torch.device) -> Run:
     """A run from random weights, from those of --init, or from the state of a run."""
     torch.manual_seed(args.seed)
-    if args.init is not None and not state:
+    if state:
+        model = build_model(state, state_beside(args.weights))
+    elif args.init is not None:
         model, _ = load_weights(args.init)
     else:
-        sizes = state["config"] if state else {size: getattr(args, size) for size in SIZES}
+        sizes = {size: getattr(args, size) for size in SIZES}
         model = DiffusionTransformer(DiffusionConfig(**sizes))
     model = model.to(device)
     optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
@@ -703,15 +705,17 @@ def train(args: argparse.Namespace, state: dict | None, command: str) -> int:
     return 0 if finished else signum
 
 
-def evaluate_only(args: argparse.Namespace, parser: CommandLine) -> None:
-    """Prints the validation bound of the weights."""
-    for name, value in vars(args).items():
-        allowed = name in ("eval_only", "weights", "data", "device")
-        if not allowed and value != parser.get_default(name):
-            raise BadInput(f"--eval-only takes --weights, --data and --device, not "
-                           f"--{name.replace('_', '-')} {value}")
-    if len(args.data) > 1:
-        raise BadInput(f"--eval-only takes --data with one text, not {len(args.data)}")
+def evaluate_only(parser: CommandLine, argv: list[str] | None) -> None:
+    """Prints the validation bound of the weights. Raises BadInput for flags of training."""
+    args = parser.parse_args(argv)
+    others = vars(args).keys() - {"eval_only", "weights", "data", "device"}
+    parser.set_defaults(**dict.fromkeys(others))  # None: no flag gives that
+    given = vars(parser.parse_args(argv))
+    words = "".join(f" --{name.replace('_', '-')}" for name in sorted(others)
+                    if given[name] is not None)
+    if words or len(args.data) > 1:
+        raise BadInput(f"--eval-only takes --weights, --data with one text and --device, not "
+                       f"{len(args.data)} texts{words}")
     model, _ = load_weights(args.weights, pick_device(args.device))
     _, val, _ = load_corpus(args.data[0], model.config)
     show_bound(args.weights, *nelbo(model, val))
@@ -721,7 +725,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line()
     args = parser.parse_args(argv)
     if args.eval_only:
-        return evaluate_only(args, parser)
+        return evaluate_only(parser, argv)
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["uv", "run", "training.py", *map(str, words)])
     if args.resume and not state_beside(args.weights).exists():

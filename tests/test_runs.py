@@ -38,13 +38,9 @@ def assert_same_weights(one, other):
         assert torch.equal(a[name], b[name]), name
 
 
-def is_saved(state):
-    return state.exists() and state.stat().st_size > 0
-
-
 def wait_for_state(weights, alive):
     state = training.state_beside(Path(weights))
-    while not is_saved(state):
+    while not state.exists():
         assert alive()
         time.sleep(0.002)
 
@@ -121,6 +117,14 @@ def test_a_run_saves_its_last_weights_before_it_prints_their_bound(train, tmp_pa
     assert os.listdir(tmp_path) == ["w.pt"]
 
 
+def test_a_run_resumed_at_its_end_evaluates_its_last_step(stopped_run, tmp_path, resume):
+    state = state_of(stopped_run)
+    state["args"]["steps"], state["run"]["log"], state["best"] = state["run"]["step"], [], {}
+    torch.save(state, tmp_path / "w.state.pt")
+    resume(tmp_path / "w.pt")
+    assert load_weights(tmp_path / "w.pt")[1]["step"] == state["run"]["step"]
+
+
 @not_windows
 def test_a_run_writes_through_a_link(train, tmp_path):
     link, target = tmp_path / "link.pt", tmp_path / "target.pt"
@@ -185,12 +189,12 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(whole_run, small_co
     files, state = ["--data", small_corpus, "--weights", tmp_path / "w.pt"], tmp_path / "w.state.pt"
     moments, new = random.Random(0), ["--steps", 18, *TINY_RUN]
     for attempt in range(1, 100):
-        settings = ["--resume", "--device", "cpu"] if is_saved(state) else new
+        settings = ["--resume", "--device", "cpu"] if state.exists() else new
         run = Training(*files, *settings, "--eval-interval", 1)
         run.process.join(0.2 * attempt * moments.random())  # later and later, or it might never end
         run.process.kill()
         run.wait()
-        if is_saved(state):
+        if state.exists():
             state_of(tmp_path / "w.pt")  # always whole
         elif (tmp_path / "w.pt").exists():
             break
@@ -233,11 +237,12 @@ def test_resume_refuses_other_settings_than_the_run_has(flag, value, saved, stop
 @not_windows
 def test_resume_refuses_and_keeps_what_is_no_state(stopped_run, whole_run, tmp_path, resume):
     half = stopped_run.with_suffix(".state.pt").read_bytes()[:20_000]
-    state, earlier_version = state_of(stopped_run), io.BytesIO()
+    state, earlier_version, too_large = state_of(stopped_run), io.BytesIO(), io.BytesIO()
+    torch.save({**state, "config": {**state["config"], "n_embd": 2**30}}, too_large)
     del state["best"]
     torch.save(state, earlier_version)
     refused = {"weights file": half, "nothing to resume": whole_run.read_bytes(),
-               "best": earlier_version.getvalue()}
+               "best": earlier_version.getvalue(), "unusable": too_large.getvalue()}
     for word, contents in refused.items():
         (tmp_path / "w.state.pt").write_bytes(contents)
         assert_one_clear_line(resume(tmp_path / "w.pt", code=2), "w.state.pt", word)
@@ -259,6 +264,14 @@ def test_a_process_that_dies_ends_the_run_and_the_last_save_stays_whole(small_co
 # ---- no file is lost, and none is left
 
 
+def test_a_run_goes_on_when_the_reader_of_its_log_goes_away(small_corpus, tmp_path):
+    process = launch("training.py", "--data", small_corpus, "--weights", tmp_path / "w.pt",
+                     "--steps", 12, *TINY_RUN)
+    process.stderr.close()
+    assert process.wait(120) == 0
+    assert load_weights(tmp_path / "w.pt")[1]["step"] == 12
+
+
 def test_a_run_goes_on_when_the_disk_is_too_full_for_its_state(train, tmp_path):
     """A limit on the size of files stands in for the disk. torch.save turns the OSError of the file
     into a RuntimeError."""
@@ -269,7 +282,7 @@ def test_a_run_goes_on_when_the_disk_is_too_full_for_its_state(train, tmp_path):
         process = train("--steps", 12)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert process.stderr.count("not saved, the next save tries again") == 2
+    assert process.stderr.count("not saved, the next save tries again: ") == 2
     assert load_weights(tmp_path / "w.pt")[1]["step"] == 12
     assert os.listdir(tmp_path) == ["w.pt"]
 
